@@ -1,0 +1,42 @@
+# Two commands matter: `make quickstart` and `make test`. Both set up what they need, on a plain clone with Python 3.11+.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup quickstart test test-fast lint docs bench clean
+
+help:
+	@echo "make quickstart   set up, then tune a small model for real on this machine (minutes, CPU, no account)"
+	@echo "make test         set up, then run all tests"
+	@echo "make test-fast    the same without those that train a model"
+	@echo "make lint         ruff, mypy, import-linter"
+	@echo "make docs         write the generated pages of docs/reference again"
+	@echo "make bench        measure what the documentation claims"
+
+setup:
+	@$(PYTHON) scripts/setup.py
+
+quickstart: setup
+	$(BIN)/kaito run --local --yes examples/quickstart.yaml
+
+test: setup
+	$(BIN)/pytest
+
+test-fast: setup
+	$(BIN)/pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python scripts/reference_docs.py
+
+bench: setup
+	$(BIN)/python benchmarks/cli.py
+	$(BIN)/python benchmarks/train.py
+
+clean:
+	rm -rf .venv quickstart-output

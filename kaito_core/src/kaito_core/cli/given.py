@@ -1,0 +1,185 @@
+"""What a command is given: the documents, the plugins, and the catalog that a plan is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kaito_core.data.addresses import private_addresses_allowed
+from kaito_core.local.home import model_folders
+from kaito_core.local.paths import anchored, local_folder
+from kaito_core.planning import catalogue
+from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, plan, requirements
+from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements
+from kaito_core.problems import KaitoError, Problem, UserError
+
+if TYPE_CHECKING:
+    from kaito_core.api import Document, Documents, Secret, Workspace
+    from kaito_core.plugins.manager import PluginManager
+
+AT_HAND = 64 << 20
+"""Bytes of local training data that planning reads at once; more is left to the check."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One workspace, and what was found beside it."""
+
+    workspace: Workspace
+    document: Document
+    documents: Documents
+
+    @property
+    def base(self) -> Path:
+        """The folder of its file; relative paths belong to it."""
+        return Path.cwd() if self.document.file == "<stdin>" else Path(self.document.file).absolute().parent
+
+    @property
+    def config_maps(self) -> dict[str, Mapping[str, str]]:
+        """The ConfigMaps of its namespace by name."""
+        return {c.name: c.data for c in self.documents.config_maps if c.namespace == self.workspace.namespace}
+
+    @property
+    def secrets(self) -> dict[str, Secret]:
+        """The Secrets of its namespace by name."""
+        return {s.name: s for s in self.documents.secrets if s.namespace == self.workspace.namespace}
+
+    def locate(self, problem: Problem) -> Problem:
+        """A problem that planning found, with its place in the file: in the workspace, or in its training configuration."""
+        config = self.workspace.tuning.config if self.workspace.tuning else ""
+        config_map = self.documents.config_map(config, self.workspace.namespace) if config else None
+        if config_map and problem.field.startswith("training_config"):
+            inner, _ = self.documents.document(config_map).embedded(CONFIG_KEY)
+            return inner[0].locate(problem) if inner else problem
+        return self.document.locate(problem)
+
+
+def read(files: Sequence[str], *, placeholders_allowed: bool = False) -> list[Given]:
+    """The workspaces in the files. UserError with every problem of every file; warnings are printed.
+
+    With ``placeholders_allowed`` the unfilled blanks of an example are only warned about: enough is known for a plan.
+    """
+    from kaito_core.api import PLACEHOLDER, Workspace, load_documents
+
+    documents = load_documents(files, allow_private=private_addresses_allowed())
+    fatal = []
+    for problem in documents.problems:
+        if problem.severity == "error" and not (placeholders_allowed and problem.kind == PLACEHOLDER):
+            fatal.append(problem)
+        else:
+            click.echo(str(replace(problem, severity="warning")), err=True)
+    if fatal:
+        raise UserError(fatal)
+    found = [Given(d.resource, d, documents) for d in documents.documents if isinstance(d.resource, Workspace)]
+    if not found:
+        raise UserError(
+            f"there is no Workspace in {', '.join(files)}", "a Workspace begins with `apiVersion: kaito.sh/v1beta1`"
+        )
+    return found
+
+
+def plan_of(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
+    """The plan of one workspace; with ``local`` only this machine is considered.
+
+    Raises `UserError` with every problem and its place in the file."""
+    try:
+        return _plan_of(given, plugins, local=local)
+    except UserError as e:
+        raise UserError([given.locate(p) for p in e.problems]) from e
+
+
+def _plan_of(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
+    workspace = anchored(given.workspace, given.base)
+    catalog = Catalog(
+        registry=plugins,
+        offers=tuple(_offers(workspace, plugins, local=local)),
+        config_maps=given.config_maps,
+        model_folders=model_folders(),
+    )
+    first = plan(workspace, catalog)
+    facts = _facts(first)
+    planned = plan(workspace, replace(catalog, data=facts)) if facts else first
+    rules = plugins.validate(workspace, planned)
+    if any(p.severity == "error" for p in rules):
+        raise UserError(rules)
+    for problem in rules:
+        click.echo(str(problem), err=True)
+    return planned
+
+
+def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> list[Offer]:
+    wanted = Requirements() if local else requirements(workspace)
+    found: list[Offer] = []
+    known = catalogue.instance_types()
+    for name in wanted.instance_types:
+        if name.lower() in known:
+            found.append(known[name.lower()])
+        else:
+            close = catalogue.close_matches(name)
+            click.echo(
+                str(
+                    Problem(
+                        f"the instance type {name!r} is not in the catalogue, so nothing can be said of its fit",
+                        f"did you mean {' or '.join(close)}?" if close else "",
+                        "resource.instanceType",
+                        severity="warning",
+                    )
+                ),
+                err=True,
+            )
+    for provisioner in plugins.provisioners().values():
+        if not local or provisioner.name == "local":
+            found.extend(provisioner.offers(wanted))
+    return found
+
+
+def _facts(planned: Plan) -> DataFacts | None:
+    """What the data doctor says of data that lies on this machine; None when the data or the tokenizer is elsewhere.
+
+    The doctor's complaints are not planning's business: the check makes them, in full.
+    """
+    tokenizer = tokenizer_folder(planned.preset, planned.model_folder)
+    files = _local_files(planned)
+    if tokenizer is None or not files:
+        return None
+    try:
+        from kaito_core.data.prepare import prepare
+
+        sequence = planned.chosen.fit.configuration.sequence if planned.chosen else None
+        return prepare(files, planned.preset, tokenizer, planned.config, None, sequence=sequence).facts
+    except (KaitoError, ImportError):
+        return None
+
+
+def _local_files(planned: Plan) -> list[Path]:
+    tuning = planned.workspace.tuning
+    if tuning is None:
+        return []
+    try:
+        if tuning.input.volume_source is not None:
+            from kaito_core.data.prepare import data_files
+
+            files = data_files(local_folder("data", tuning.input.volume_source, Path("/nonexistent")))
+        else:
+            files = [Path(u.removeprefix("file://")) for u in tuning.input.urls]
+        small = all(f.is_file() for f in files) and sum(f.stat().st_size for f in files) <= AT_HAND
+    except (KaitoError, OSError, ImportError):
+        return []
+    return files if small else []
+
+
+def tokenizer_folder(preset: Preset, model_folder: str) -> Path | None:
+    """A folder on this machine with the model's tokenizer; None when it is on the hub."""
+    import importlib.resources
+
+    if model_folder:
+        folder = Path(model_folder)
+    elif preset.source.package:
+        folder = Path(str(importlib.resources.files(preset.source.package).joinpath(preset.source.path)))
+    else:
+        return None
+    return folder if (folder / "tokenizer.json").is_file() else None

@@ -1,0 +1,41 @@
+"""``kaito plan FILE``: what a run would do. Touches nothing and buys nothing."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from kaito_core.cli.given import plan_of, read
+from kaito_core.cli.show import show
+from kaito_core.planning.plan import Plan
+from kaito_core.problems import Problem, UserError
+
+
+@click.command("plan", help="Show what a run of FILE would do, whether it fits, and on what. '-' reads standard input.")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--local", is_flag=True, help="Only consider this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(files: tuple[str, ...], local: bool, as_json: bool) -> int:
+    from kaito_core.plugins.manager import load_plugins
+
+    plugins = load_plugins()
+    plans: list[Plan] = []
+    problems: list[Problem] = []
+    for given in read(files, placeholders_allowed=True):
+        try:
+            plans.append(plan_of(given, plugins, local=local))
+        except UserError as e:
+            problems.extend(e.problems)
+    if as_json:
+        click.echo(
+            json.dumps({"plans": [p.to_json() for p in plans], "problems": [p.to_json() for p in problems]}, indent=2)
+        )
+    else:
+        for number, each in enumerate(plans):
+            if number:
+                click.echo()
+            show(each)
+    if problems and not as_json:
+        raise UserError(problems)
+    return 2 if problems or any(p.refusal for p in plans) else 0

@@ -1,0 +1,76 @@
+"""``kaito validate``: everything that is wrong with some files, each line clickable, and nothing else done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kaito_core.problems import Problem, errors
+
+if TYPE_CHECKING:
+    from kaito_core.api import Documents, Workspace
+
+
+def extra_checks(documents: Documents) -> Iterable[Problem]:
+    """What stands above the resources themselves: presets, methods, the training configuration.
+
+    Problems without a place get one from the document of their Workspace or ConfigMap (`Document.locate`)."""
+    return ()
+
+
+@click.command("validate")
+@click.argument("files", metavar="FILE…", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
+@click.pass_context
+def command(context: click.Context, files: tuple[str, ...], as_json: bool) -> None:
+    """Check Workspaces without running anything.
+
+    FILE may be given several times; '-' reads standard input. The exit code is 0 when there is no error, else 2.
+    """
+    from kaito_core.api import load_documents
+
+    documents = load_documents(files, click.get_binary_stream("stdin") if "-" in files else None)
+    problems = [*documents.problems, *extra_checks(documents)]
+    failed = bool(errors(problems)) or not documents.workspaces
+    if not problems and not documents.workspaces:
+        problems = [Problem("there is no Workspace", "add one, or name the file that has it", file=files[0])]
+    if as_json:
+        click.echo(json.dumps(_report(documents, problems, valid=not failed), indent=2, ensure_ascii=False))
+    else:
+        for problem in problems:
+            click.echo(problem)
+        click.echo(_summary(documents, problems))
+    context.exit(2 if failed else 0)
+
+
+def _report(documents: Documents, problems: Iterable[Problem], *, valid: bool) -> dict[str, Any]:
+    workspaces = [
+        {
+            "name": workspace.name,
+            "namespace": workspace.namespace,
+            "apiVersion": workspace.api_version,
+            "tasks": _tasks(workspace),
+            "file": documents.document(workspace).file,
+            "line": documents.document(workspace).line,
+        }
+        for workspace in documents.workspaces
+    ]
+    return {"valid": valid, "problems": [p.to_json() for p in problems], "workspaces": workspaces}
+
+
+def _tasks(workspace: Workspace) -> list[str]:
+    return [task for task in ("tuning", "inference") if getattr(workspace, task) is not None]
+
+
+def _summary(documents: Documents, problems: Iterable[Problem]) -> str:
+    problems = list(problems)
+    wrong = len(errors(problems))
+    warnings = len(problems) - wrong
+    found = [f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((wrong, "error"), (warnings, "warning")) if n]
+    names = ", ".join(w.name for w in documents.workspaces)
+    if wrong:
+        return f"invalid: {', '.join(found)}"
+    return f"valid: {names}" + (f" ({', '.join(found)})" if found else "")

@@ -1,0 +1,1 @@
+"""Runs a `Workload` as processes on this machine: no cluster, no container engine, no account."""

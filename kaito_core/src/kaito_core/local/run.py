@@ -1,0 +1,227 @@
+"""Runs a workload's stages as processes on this machine, one after the other, each resumable.
+
+* A stage that is done for its key is not run again; a killed or failed one is, and finds its own work where it left it.
+* Ctrl-C (and SIGTERM) reach the stage as SIGTERM: training writes a checkpoint, then everything ends.
+* When this process itself is killed, the kernel sends the stage SIGTERM; the lock stays held until the stage has ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kaito_core import progress
+from kaito_core.local.home import cache_folder
+from kaito_core.local.paths import local_folder
+from kaito_core.local.secrets import environment
+from kaito_core.local.state import RunFolder, RunState, StageState
+from kaito_core.problems import Failure, KaitoError, Problem, UserError
+from kaito_core.workloads.job import TuningJob
+from kaito_core.workloads.workload import Stage, Workload
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+POLL = 0.1
+"""Seconds between looks at the progress file: quick enough for a live bar, cheap enough to forget."""
+
+GRACE = 120.0
+"""Seconds that a stage has for its checkpoint after SIGTERM."""
+
+LOG_TAIL = 15
+
+
+class Stopped(Exception):
+    """The user (or the system) asked the run to stop; what was done is kept."""
+
+
+def run(
+    folder: RunFolder, workload: Workload, job: TuningJob, secrets: Mapping[str, Any], on_event: OnEvent
+) -> RunState:
+    """Run every stage that is not done yet; the state in the end. Raises the failed stage's `KaitoError`, or `Stopped`."""
+    with folder.lock() as lock:
+        before = folder.read()
+        done = before.stages if before else {}
+        state = RunState(
+            name=job.name,
+            namespace=job.namespace,
+            preset=job.preset.name,
+            method=job.method,
+            order=[s.name for s in workload.stages],
+            stages={s.name: done[s.name] for s in workload.stages if s.name in done and done[s.name].key == s.key},
+        )
+        env = _lay_out(folder, workload)
+        with environment(workload, secrets, folder.path / "secrets") as secret_env, _Stop() as stop:
+            for stage in workload.stages:
+                known = state.stages.get(stage.name)
+                if known and known.status == "done":
+                    on_event({"event": "skipped", "stage": stage.name, **known.result})
+                    continue
+                _run_stage(folder, state, stage, {**env, **secret_env}, lock, stop, on_event)
+        return state
+
+
+def is_done(folder: RunFolder, workload: Workload) -> bool:
+    """Whether every stage has ended well for exactly this workload."""
+    state = folder.read()
+    if state is None:
+        return False
+    return all(
+        (known := state.stages.get(s.name)) is not None and known.key == s.key and known.status == "done"
+        for s in workload.stages
+    )
+
+
+def _lay_out(folder: RunFolder, workload: Workload) -> dict[str, str]:
+    """Make the folders and files that the workload asks for; the environment that tells the stages where they are."""
+    env = dict(os.environ)
+    for mount in workload.mounts:
+        path = local_folder(mount.name, mount.source, folder.path / mount.name)
+        if mount.read_only and not path.is_dir():
+            raise UserError(f"the {mount.name} folder {path} is not there", "make it, or correct hostPath.path")
+        _mkdir(path)
+        env[mount.env] = str(path)
+    for container_path, content in workload.files.items():
+        path = folder.path / "files" / container_path.lstrip("/")
+        _mkdir(path.parent)
+        path.write_text(content, encoding="utf-8")
+    _mkdir(folder.path / "logs")
+    for name, value in workload.env.items():
+        env[name] = str(folder.path / "files" / value.lstrip("/")) if value in workload.files else value
+    env["KAITO_CACHE"] = str(cache_folder())
+    env["PYTHONUNBUFFERED"] = "1"
+    return env
+
+
+def _mkdir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Failure(
+            f"the folder {path} cannot be made: {e.strerror}", "free some space, or choose another place"
+        ) from e
+
+
+def _run_stage(
+    folder: RunFolder,
+    state: RunState,
+    stage: Stage,
+    env: Mapping[str, str],
+    lock: int,
+    stop: _Stop,
+    on_event: OnEvent,
+) -> None:
+    events = folder.results / progress.FILE_NAME
+    offset = events.stat().st_size if events.exists() else 0
+    current = StageState(stage.key, "running", time.time())
+    state.stages[stage.name] = current
+    folder.write(state)
+    program, *arguments = stage.command
+    # -P: the user's folder may hold a file named like one of our imports.
+    command = [sys.executable, "-P", *arguments] if program == "python" else [program, *arguments]
+    last: dict[str, Any] = {}
+
+    def follow(read_to: int) -> int:
+        for behind, event in progress.read(events, read_to):
+            read_to = behind
+            if event["stage"] == stage.name:
+                if event["event"] in ("finished", "failed"):
+                    last.update(event)
+                on_event(event)
+        return read_to
+
+    with folder.log(stage.name).open("ab") as log:
+        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {stage.name} {stage.key}\n".encode())
+        log.flush()
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder.path,
+            env=dict(env),
+            start_new_session=True,
+            pass_fds=(lock,),
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+        asked: float | None = None
+        while child.poll() is None:
+            offset = follow(offset)
+            if stop.asked and asked is None:
+                child.terminate()
+                asked = time.monotonic()
+            if asked is not None and (stop.asked > 1 or time.monotonic() - asked > GRACE):
+                child.kill()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(POLL)
+        follow(offset)
+    current.ended = time.time()
+    current.result = {k: v for k, v in last.items() if k not in ("event", "stage", "time")}
+    if child.returncode == 0 and not (stop.asked and last.get("event") != "finished"):
+        current.status = "done"
+        folder.write(state)
+        return
+    current.status = "stopped" if stop.asked else "failed"
+    error = _failure(folder, stage, child.returncode, last)
+    current.message = error.problems[0].message
+    folder.write(state)
+    if stop.asked:
+        raise Stopped
+    raise error
+
+
+def _failure(folder: RunFolder, stage: Stage, code: int, last: Mapping[str, Any]) -> KaitoError:
+    """The stage's own words; without them, how it ended and the end of its log."""
+    if last.get("event") == "failed":
+        problems = [Problem(**p) for p in last.get("problems", [])] or [
+            Problem(str(last["message"]), str(last.get("remedy", "")))
+        ]
+        return (UserError if last.get("exit_code") == 2 else Failure)(problems)
+    how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code == -signal.SIGKILL:
+        how += " (often the system running out of memory)"
+    try:
+        tail = folder.log(stage.name).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
+    except OSError:
+        tail = []
+    remedy = f"run the same command again to go on; the whole log is {folder.log(stage.name)}"
+    return Failure(Problem("\n".join([f"the stage {stage.name!r} {how}", *("    | " + line for line in tail)]), remedy))
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when the parent dies (Linux, prctl(2) PR_SET_PDEATHSIG), so no stage outlives its run for long."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class _Stop:
+    """Counts requests to stop while the stages run, in place of the interruption that Python would raise anywhere."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # not the main thread: nobody sends us signals then
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked += 1
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def summary(state: RunState) -> dict[str, Any]:
+    """The state as plain data, for ``--json``."""
+    return {**asdict(state), "phase": state.phase}

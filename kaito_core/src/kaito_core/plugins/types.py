@@ -1,0 +1,434 @@
+"""What a plugin hands over: small, named, frozen records, and four behaviours with a contract sentence per method.
+
+Records are plain data that anyone can compare, print and store. Behaviours (`NodeProvisioner`, `Tuner`,
+`InferenceRuntime`) are abstract classes with few methods. Everything here is light: it imports the standard library and
+nothing else, so that a plugin's control side loads in milliseconds.
+
+Memory is in bytes, time in seconds, money in US dollars, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from kaito_core.problems import Problem
+
+if TYPE_CHECKING:
+    from kaito_core.workloads.workload import Workload
+
+API_VERSION = "1.0"
+"""The contract between the core and its plugins, apart from any package's version.
+
+A plugin module may say ``KAITO_API_VERSION = "1.0"`` (absent: "1.0"). Another major, or a newer minor than the core's, is
+refused with a message; an older minor is accepted."""
+
+_NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*\Z")
+
+
+def normalised(name: str) -> str:
+    """The form in which names are compared and stored: lower case. ValueError when it cannot be a name."""
+    low = name.strip().lower()
+    if not _NAME.match(low):
+        raise ValueError(
+            f"{name!r} is not a name: use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+    return low
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the weights and the tokenizer come from: a hub repository at a pinned revision, or files inside a package."""
+
+    hub: str = ""
+    """``org/name`` on the Hugging Face hub."""
+    revision: str = ""
+    """The commit that the numbers of the preset were read from."""
+    package: str = ""
+    """An importable package that ships the files (``kaito_preset_demo``); ``path`` is the folder inside it."""
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.hub) == bool(self.package):
+            raise ValueError("a model source is either a hub repository or a package, and one of them")
+
+    def __str__(self) -> str:
+        return f"{self.hub}@{self.revision[:12]}" if self.hub else f"the package {self.package}"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The numbers that memory and time are computed from; they agree with the model's ``config.json``."""
+
+    name: str
+    """The class in ``config.json``: ``Phi3ForCausalLM``."""
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    """Longest sequence, in tokens."""
+    linears: Mapping[str, tuple[int, int]]
+    """The linear modules of one layer by name, as (in, out) features: what is quantised and what LoRA can target."""
+    tied_embeddings: bool = False
+    sliding_window: int | None = None
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters in the layers' linear modules: the part that 4-bit quantisation shrinks."""
+        return self.layers * sum(i * o for i, o in self.linears.values())
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, output head and norms: the part that stays in 16 or 32 bit."""
+        return self.parameters - self.linear_parameters
+
+    def lora_parameters(self, rank: int, targets: Iterable[str]) -> int:
+        """``layers × Σ rank × (in + out)`` over the targeted modules (Hu et al., arXiv 2106.09685, section 4.1)."""
+        return self.layers * sum(rank * sum(self.linears[t]) for t in targets)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How a conversation becomes text, and where an answer ends."""
+
+    template: str
+    """A Jinja chat template. ``{% generation %}…{% endgeneration %}`` marks what the assistant says; without the marks
+    the spans are found by rendering the conversation turn by turn."""
+    stop_tokens: tuple[str, ...]
+    """The tokens that end an answer, the usual one first. Training refuses data in which none of them is ever trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A model that kaito knows: pure data."""
+
+    name: str
+    source: ModelSource
+    licence: str
+    """SPDX identifier, or the licence's own name."""
+    architecture: Architecture
+    chat: ChatFormat
+    lora_targets: tuple[str, ...]
+    dtype: str = "bfloat16"
+    """The precision of the published weights."""
+    description: str = ""
+    aliases: tuple[str, ...] = ()
+    gated: bool = False
+    """Whether the hub asks for a token."""
+    tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Defaults per tuning method: overrides of the tuner's own, in the form of ``training_config`` sections."""
+    inference: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Defaults per runtime."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", normalised(self.name))
+        object.__setattr__(self, "aliases", tuple(normalised(a) for a in self.aliases))
+        unknown = set(self.lora_targets) - set(self.architecture.linears)
+        if unknown:
+            raise ValueError(
+                f"preset {self.name}: lora_targets {sorted(unknown)} are not linear modules of its architecture"
+            )
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights as published, in bytes."""
+        return self.architecture.parameters * (4 if self.dtype == "float32" else 2)
+
+
+# --- machines ---------------------------------------------------------------------------------------------------------
+
+CapacityType = Literal["on-demand", "spot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One kind of GPU."""
+
+    model: str
+    memory: int
+    """Usable bytes per GPU, not the nominal size."""
+    compute_capability: tuple[int, int] | None = None
+    vendor: str = "nvidia"
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Native bfloat16 began with NVIDIA's compute capability 8.0 (Ampere); AMD's data-centre GPUs have it."""
+        return self.vendor != "nvidia" or (self.compute_capability or (0, 0)) >= (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What an hour costs, who said so and when."""
+
+    per_hour: float
+    source: str
+    date: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A machine that can be had: where, what is in it, and what it costs. An unknown price is None, never 0."""
+
+    instance_type: str
+    cpus: int
+    memory: int
+    """Bytes of RAM that a job can use."""
+    gpu: Gpu | None = None
+    gpus: int = 0
+    provisioner: str = ""
+    """Who can get it; empty when no installed plugin can."""
+    cloud: str = ""
+    region: str = ""
+    zone: str = ""
+    capacity_type: CapacityType = "on-demand"
+    price: Price | None = None
+    retired: str = ""
+    """Why it can no longer be had, in words; empty when it can."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is this very machine, which costs nothing extra."""
+        return self.provisioner == "local"
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes that one process of the job can use on its device: one GPU's memory, or the RAM where there is none."""
+        return self.gpu.memory if self.gpu and self.gpus else self.memory
+
+    def __str__(self) -> str:
+        has = f"{self.gpus}×{self.gpu.model}" if self.gpu and self.gpus else f"{self.cpus} CPUs, no GPU"
+        return f"{self.instance_type} ({has})"
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """What a workspace asks of a machine; empty means anything."""
+
+    instance_types: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRequest:
+    """A wish for machines. ``id`` is deterministic: asking twice with one id buys once."""
+
+    id: str
+    offer: Offer
+    requirements: Requirements
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """What is known of a request now."""
+
+    id: str
+    phase: Literal["absent", "pending", "ready", "releasing", "failed"]
+    nodes: tuple[str, ...] = ()
+    message: str = ""
+    failure: ProvisioningError | None = None
+
+
+class ProvisioningError(Exception):
+    """A machine could not be had; the message is the cloud's own words. The core acts on the type."""
+
+
+class InsufficientCapacity(ProvisioningError):
+    """The cloud has none of it now: the next offer is tried."""
+
+
+class QuotaExceeded(ProvisioningError):
+    """The account may not have (more of) it: the next offer is tried, and the quota is named."""
+
+
+class NotAuthorized(ProvisioningError):
+    """The credentials do not allow it: the job stops."""
+
+
+class Unsupported(ProvisioningError):
+    """The provisioner cannot do what the request asks: the next offer is tried."""
+
+
+class Transient(ProvisioningError):
+    """It may work in a moment: tried again with back-off."""
+
+
+class NodeProvisioner(ABC):
+    """Knows which GPU machines exist, gets them and gives them back.
+
+    All methods are idempotent and none waits: they start or look, and the reconciler comes back."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def offers(self, requirements: Requirements) -> Iterable[Offer]:
+        """The machines that could be had for these requirements, in no particular order. May read a catalogue; never buys."""
+
+    @abstractmethod
+    def ensure(self, request: NodeRequest) -> NodeStatus:
+        """Start getting the machines of this request, or look how far it is. Called again after a crash: never buys twice."""
+
+    @abstractmethod
+    def observe(self, request_id: str) -> NodeStatus:
+        """How far the request is; ``absent`` when nothing of it exists."""
+
+    @abstractmethod
+    def release(self, request_id: str) -> NodeStatus:
+        """Start giving the machines back; ``absent`` once the cloud says that they are gone."""
+
+
+# --- tuning and serving -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryItem:
+    """One part of an estimate, with the formula that made it, for people to check."""
+
+    name: str
+    bytes: int
+    formula: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """The peak that a job will need on one device: an estimate, and marked so wherever it is shown."""
+
+    items: tuple[MemoryItem, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(i.bytes for i in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What the data doctor found in the training data."""
+
+    rows: int
+    tokens: int
+    """Tokens of all examples after truncation, prompt and answer together, for one epoch."""
+    trained_tokens: int
+    """Those that carry loss."""
+    longest: int
+    """The longest example in tokens, before truncation."""
+    sequences: int
+    """Sequences of the planned length after packing (or rows, without)."""
+    digest: str = ""
+    """``sha256:…`` over the input files."""
+    format: str = ""
+    estimated: bool = False
+    """True when the tokens were guessed from the bytes, because no tokenizer was at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """How a job is laid out on a machine."""
+
+    device: Literal["cuda", "cpu"]
+    dtype: str
+    """Compute precision: bfloat16, float16 or float32."""
+    micro_batch: int
+    """Sequences per forward pass."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+    sequence: int
+    """Tokens per sequence."""
+    processes: int = 1
+    """Data-parallel processes, one a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningFit:
+    """How a tuning job would run on one machine. It fits when ``memory.total <= capacity``."""
+
+    configuration: Configuration
+    memory: MemoryEstimate
+    capacity: int
+    """Bytes that the job may use on one device of the offer."""
+    steps: int | None = None
+    """Optimizer steps of the whole job; None while the size of the data is unknown."""
+    tokens: int | None = None
+    """Tokens of all epochs."""
+    seconds: float | None = None
+    """Estimated training time; None while the size of the data or the speed of the machine is unknown."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change to a configuration that makes the job smaller, in words a person can follow."""
+
+    description: str
+    method: str
+    config: Mapping[str, Any]
+
+
+class Tuner(ABC):
+    """Knows one or several tuning methods. All methods here are pure and light; the training itself is the workload's."""
+
+    name: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def resolve(self, preset: Preset, method: str, user: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The complete configuration: the user's ``training_config`` sections over the preset's over the tuner's defaults.
+
+        Plain JSON-able data. Raises `UserError` with every problem of ``user`` at once, fields named below
+        ``training_config``."""
+
+    @abstractmethod
+    def fit(
+        self, preset: Preset, method: str, config: Mapping[str, Any], offer: Offer, data: DataFacts | None
+    ) -> TuningFit:
+        """The best layout of the job on this machine; when none fits, the smallest one, whose ``fits`` is False."""
+
+    @abstractmethod
+    def smaller(self, preset: Preset, method: str, config: Mapping[str, Any]) -> Iterable[Change]:
+        """Changes that need less memory, the least painful first."""
+
+    @abstractmethod
+    def workload(self, job: Any) -> Workload:
+        """What is run: the stages that a `kaito_core.workloads.job.TuningJob` needs, in order."""
+
+    @abstractmethod
+    def schema(self) -> Mapping[str, Any]:
+        """JSON schema of the ``training_config`` file, with a description and the default of every field."""
+
+    def missing(self) -> str:
+        """What must be installed before the workload can run on this machine (``pip install …``); empty when nothing."""
+        return ""
+
+
+class InferenceRuntime(ABC):
+    """Serves a model over HTTP. The serving issue fills this room; names and place are fixed here."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def serves(self, preset: Preset) -> Problem | None:
+        """None when this runtime can serve the model, else the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One more ``kaito …`` command. ``load`` returns a click command; it is called when the command is used."""
+
+    name: str
+    help: str
+    load: Callable[[], Any]

@@ -1,0 +1,75 @@
+"""How a stage begins and ends, the same for all: job in, progress out, one clear failure, an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kaito_core import progress
+from kaito_core.problems import Failure, KaitoError, Problem
+from kaito_core.progress import Progress
+from kaito_core.workloads.job import Folders, TuningJob
+
+Body = Callable[[TuningJob, Folders, Progress], Mapping[str, Any]]
+
+
+def run_stage(name: str, body: Body) -> int:
+    """Run ``body`` as the stage ``name``; the process's exit code.
+
+    What ``body`` returns becomes the ``finished`` event. A `KaitoError` becomes the ``failed`` event and its exit code;
+    anything else is a bug or a broken machine: its traceback goes to the log, one line of it to the user.
+    """
+    try:
+        folders = Folders.from_env()
+        events = Progress(folders.results / progress.FILE_NAME, name)
+    except KaitoError as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
+    except OSError as e:
+        print(_of_the_system(e), file=sys.stderr)
+        return 1
+    try:
+        events.emit("started")
+        result = body(TuningJob.load(), folders, events)
+        events.emit("finished", **result)
+        return 0
+    except KaitoError as e:
+        return _failed(events, e)
+    except OSError as e:
+        traceback.print_exc()
+        return _failed(events, _of_the_system(e))
+    except Exception as e:
+        traceback.print_exc()
+        text = f"{type(e).__name__}: {e}".splitlines()[0]
+        return _failed(events, Failure(f"the stage {name!r} broke: {text}", "this is a bug; its log has the traceback"))
+
+
+def _failed(events: Progress, error: KaitoError) -> int:
+    print(error, file=sys.stderr, flush=True)
+    first = error.problems[0]
+    fields = {"message": first.message, "remedy": first.remedy, "exit_code": error.exit_code}
+    with suppress(OSError):  # the disk is full: the log and the exit code still say it
+        events.emit("failed", **fields, problems=[p.to_json() for p in error.problems])
+    return error.exit_code
+
+
+def _of_the_system(error: OSError) -> Failure:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failure(
+            Problem(f"no space left on the disk{where}", "free some space and run the same command again: it goes on")
+        )
+    return Failure(
+        f"the system says: {error.strerror or error}{where}", "mend that and run the same command again: it goes on"
+    )
+
+
+def cache() -> Path:
+    """Where downloads are kept by content; ``$KAITO_CACHE``, else below the data folder."""
+    return Path(os.environ.get("KAITO_CACHE") or Path(os.environ["KAITO_DATA"]) / ".cache")
