@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kaito_core.testing.registry import Registry, running_registry
+from kaito_core.testing.registry import Registry, running_registry, why_no_registry
 
 from tests.conftest import Kaito, workspace
 
 pytest.importorskip("torch", reason="training needs the extra: pip install 'kaito-tuner-qlora[train]'")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_registry()), reason=why_no_registry())]
 
 
 @pytest.fixture
@@ -73,13 +76,17 @@ def test_a_wrong_password_is_found_before_any_training(kaito: Kaito, registry: R
 
 
 def test_a_registry_that_dies_never_costs_the_training(kaito: Kaito, tmp_path: Path) -> None:
-    with running_registry(tmp_path / "registry", "tuner", "s3cret") as running:
-        image = f"{running.host}/team/adapter:1"
-        path = workspace(tmp_path / "w", name="late", image=image, extra=secret(running.host, "s3cret"))
-        folder = tmp_path / "home" / "runs" / "late"
-        # The registry dies between the check of the push rights and the push itself.
-        _stop_when(folder / "logs" / "train.log", running)
-        answer = kaito("run", "--local", "--yes", path)
+    alive = ExitStack()
+    running = alive.enter_context(running_registry(tmp_path / "registry", "tuner", "s3cret"))
+    path = workspace(
+        tmp_path / "w", name="late", image=f"{running.host}/team/adapter:1", extra=secret(running.host, "s3cret")
+    )
+    folder = tmp_path / "home" / "runs" / "late"
+    # The registry dies between the check of the push rights and the push itself.
+    end = threading.Thread(target=_close_when, args=(folder / "logs" / "train.log", alive))
+    end.start()
+    answer = kaito("run", "--local", "--yes", path)
+    end.join()
     assert answer.returncode == 1
     assert (folder / "results" / "adapter" / "adapter_model.safetensors").is_file()
     trained = (folder / "results" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
@@ -96,14 +103,8 @@ def test_a_registry_that_dies_never_costs_the_training(kaito: Kaito, tmp_path: P
     assert "Succeeded" in kaito("status", "late").stdout
 
 
-def _stop_when(path: Path, registry: Registry) -> None:
-    import threading
-    import time
-
-    def watch() -> None:
-        deadline = time.monotonic() + 300
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        registry.stop()
-
-    threading.Thread(target=watch, daemon=True).start()
+def _close_when(path: Path, alive: ExitStack) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    alive.close()

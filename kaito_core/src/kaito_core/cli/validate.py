@@ -31,8 +31,9 @@ def command(context: click.Context, files: tuple[str, ...], as_json: bool) -> No
     FILE may be given several times; '-' reads standard input. The exit code is 0 when there is no error, else 2.
     """
     from kaito_core.api import load_documents
+    from kaito_core.data.addresses import private_addresses_allowed
 
-    documents = load_documents(files, click.get_binary_stream("stdin") if "-" in files else None)
+    documents = load_documents(files, allow_private=private_addresses_allowed())
     problems = [*documents.problems, *extra_checks(documents)]
     failed = bool(errors(problems)) or not documents.workspaces
     if not problems and not documents.workspaces:

@@ -18,16 +18,18 @@ from kaito_core.workloads.job import Folders, TuningJob
 
 
 def body(job: TuningJob, folders: Folders, events: Progress) -> Mapping[str, Any]:
-    from kaito_core.data.prepare import data_files, prepare
+    from kaito_core.data.prepare import REPORT, data_files, prepare
 
     _output(job, events)
-    prepared = prepare(data_files(folders.data), job.preset, folders.weights, job.config, folders.results / "prepared",
-                       sequence=job.configuration.sequence)  # fmt: skip
-    (folders.results / "prepared" / "doctor.json").write_text(
-        json.dumps(prepared.report.to_json(), indent=2), encoding="utf-8"
-    )
+    files = data_files(folders.data)
+    into = folders.results / "prepared"
+    prepared = prepare(files, job.preset, folders.weights, job.config, into, sequence=job.configuration.sequence)
+    report = {**prepared.report.to_json(), "digest": prepared.facts.digest}
+    (into / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
     for line in prepared.report.lines():
         events.message(line)
+    for problem in prepared.report.problems:
+        events.message(str(problem))
     return {"data": asdict(prepared.facts)}
 
 

@@ -1,0 +1,248 @@
+"""The CustomResourceDefinition of the Workspace, generated from the models.
+
+Its rules (CEL) are those of `kaito_core.api.validation` and `kaito_core.api.updates` that an API server can check by
+itself, so that a mistake is refused at ``kubectl apply`` even when no controller is running. What they cannot see is
+left to the controller: image references, URLs, annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from kaito_core.api.labels import GROUP
+from kaito_core.api.workspace import V1BETA1, VERSIONS, Workspace
+
+NAME: Final = f"workspaces.{GROUP}"
+
+
+def crd() -> dict[str, Any]:
+    """The CRD as an object."""
+    names = {
+        "plural": "workspaces",
+        "singular": "workspace",
+        "kind": "Workspace",
+        "listKind": "WorkspaceList",
+        "shortNames": ["wk", "wks"],
+        "categories": ["workspace"],
+    }
+    schema = workspace_schema()
+    # Beta first: that is the order in which kubectl prefers them.
+    versions = [
+        {
+            "name": version.removeprefix(f"{GROUP}/"),
+            "served": True,
+            "storage": version == V1BETA1,
+            "subresources": {"status": {}},
+            "additionalPrinterColumns": _columns(),
+            "schema": {"openAPIV3Schema": schema},
+        }
+        for version in reversed(VERSIONS)
+    ]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": NAME},
+        "spec": {"group": GROUP, "names": names, "scope": "Namespaced", "versions": versions},
+    }
+
+
+def crd_yaml() -> str:
+    """The CRD as YAML, ready for ``kubectl apply -f -``."""
+    import yaml
+
+    class Plain(yaml.SafeDumper):
+        """Writes equal parts out instead of pointing from one to the other."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    head = "# Generated from kaito_core.api by `kaito crd`; do not edit.\n"
+    return head + yaml.dump(crd(), Dumper=Plain, sort_keys=False, width=120, allow_unicode=True)
+
+
+def workspace_schema() -> dict[str, Any]:
+    """The structural schema of a Workspace, with its rules."""
+    model = Workspace.model_json_schema(mode="validation")
+    schema = _structural(model, model["$defs"])
+    schema["required"].remove("apiVersion")  # the API server sees to these three
+    schema["required"].remove("kind")
+    schema["required"].remove("metadata")
+    if not schema["required"]:
+        del schema["required"]
+    properties = schema["properties"]
+    properties["apiVersion"] = {"type": "string", "description": properties["apiVersion"]["description"]}
+    properties["kind"] = {"type": "string", "description": properties["kind"]["description"]}
+    properties["metadata"] = {"type": "object"}
+    properties["resource"]["default"] = {}  # so that its own defaults and rules always apply
+    conditions = properties["status"]["properties"]["conditions"]
+    conditions |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+    for path, rules in _RULES.items():
+        _at(schema, path)["x-kubernetes-validations"] = [
+            {"rule": " ".join(rule.split()), "message": message} for message, rule in rules.items()
+        ]
+    return schema
+
+
+# --- from pydantic's JSON schema to Kubernetes' structural one
+
+_KEPT = (
+    "description",
+    "type",
+    "format",
+    "enum",
+    "minimum",
+    "maximum",
+    "maxLength",
+    "maxItems",
+    "maxProperties",
+    "required",
+)
+
+
+def _structural(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """No references, no null, no titles; and the defaults that mean something to a person."""
+    if "$ref" in node:
+        referred = definitions[node["$ref"].rpartition("/")[2]]
+        return _structural({**referred, **{k: v for k, v in node.items() if k != "$ref"}}, definitions)
+    if "anyOf" in node:
+        (only,) = (option for option in node["anyOf"] if option.get("type") != "null")
+        return _structural({**only, **{k: v for k, v in node.items() if k != "anyOf"}}, definitions)
+    result = {k: node[k] for k in _KEPT if k in node}
+    if isinstance(node.get("description"), str):
+        result["description"] = " ".join(node["description"].split())
+    if node.get("default") not in (None, "", [], {}):
+        result["default"] = node["default"]
+    if node.get("type") == "integer":
+        result["format"] = "int64" if node.get("maximum", 2**63) > 2**31 else "int32"
+    if "properties" in node:
+        result["properties"] = {k: _structural(v, definitions) for k, v in node["properties"].items()}
+    elif node.get("type") == "object":
+        values = node.get("additionalProperties")
+        if isinstance(values, Mapping) and values:
+            result["additionalProperties"] = _structural(values, definitions)
+        else:
+            result["x-kubernetes-preserve-unknown-fields"] = True
+    if "items" in node:
+        result["items"] = _structural(node["items"], definitions)
+    return result
+
+
+def _at(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    for step in path.split(".") if path else ():
+        schema = schema["items"] if step == "[]" else schema["properties"][step]
+    return schema
+
+
+# --- columns and rules
+
+
+def _columns() -> list[dict[str, str]]:
+    def condition(kind: str) -> str:
+        return f'.status.conditions[?(@.type=="{kind}")].status'
+
+    columns = {
+        "Instance": ("string", ".resource.instanceType"),
+        "ResourceReady": ("string", condition("ResourceReady")),
+        "InferenceReady": ("string", condition("InferenceReady")),
+        "JobStarted": ("string", condition("JobStarted")),
+        "WorkspaceReady": ("string", condition("WorkspaceSucceeded")),
+        "State": ("string", ".status.state"),
+        "Age": ("date", ".metadata.creationTimestamp"),
+    }
+    return [{"name": name, "type": kind, "jsonPath": path} for name, (kind, path) in columns.items()]
+
+
+def _same(field: str) -> str:
+    """Absent before and after, or equal before and after."""
+    return f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
+
+
+def _given(field: str) -> str:
+    return f"(has(self.{field}) && self.{field} != '')"
+
+
+def _one_of(*conditions: str) -> str:
+    return f"[{', '.join(conditions)}].filter(given, given).size() == 1"
+
+
+_URLS = "(has(self.urls) && size(self.urls) > 0)"
+_FILLED = "!has(self.{0}) || !self.{0}.matches('[A-Z0-9]_HERE')"
+
+_RULES: Final[dict[str, dict[str, str]]] = {
+    "": {
+        "metadata.name must be a DNS-1123 label: lower case letters, digits and '-', 63 at most": """
+            self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 63""",
+        "either tuning or inference must be specified": "has(self.tuning) || has(self.inference)",
+        "tuning cannot be set or removed later": "has(self.tuning) == has(oldSelf.tuning)",
+        "inference cannot be set or removed later": """
+            has(self.tuning) || has(oldSelf.tuning) || has(self.inference) == has(oldSelf.inference)""",
+        "inference.preset cannot be changed": """
+            has(self.tuning) || !has(self.inference) || !has(oldSelf.inference)
+            || (has(self.inference.preset) == has(oldSelf.inference.preset)
+                && (!has(self.inference.preset) || self.inference.preset == oldSelf.inference.preset))""",
+        "inference.template cannot be set or removed later": """
+            has(self.tuning) || !has(self.inference) || !has(oldSelf.inference)
+            || has(self.inference.template) == has(oldSelf.inference.template)""",
+        "preset or template must be specified for inference": """
+            has(self.tuning) || !has(self.inference) || has(self.inference.preset) || has(self.inference.template)""",
+        "tuning runs on one machine: resource.count must be 1": """
+            !has(self.tuning) || !has(self.resource) || !has(self.resource.count) || self.resource.count == 1""",
+        "a part of a GPU cannot be used for tuning: remove resource.partition": """
+            !has(self.tuning) || !has(self.resource) || !has(self.resource.partition)""",
+    },
+    "resource": {
+        "count cannot be changed": _same("count"),
+        "instanceType cannot be changed": f"""
+            !{_given("instanceType")} || (has(oldSelf.instanceType) && self.instanceType == oldSelf.instanceType)""",
+        "labelSelector cannot be changed": _same("labelSelector"),
+        "partition cannot be changed": _same("partition"),
+    },
+    "resource.labelSelector": {
+        "only matchLabels and the operator In are supported, because new nodes get these labels": """
+            !has(self.matchExpressions)
+            || self.matchExpressions.all(e, e.operator == 'In' && has(e.values) && size(e.values) > 0)""",
+    },
+    "resource.partition": {
+        "mode mig needs a profile, and no count": f"""
+            self.mode != 'mig' || ({_given("profile")} && !has(self.count))""",
+        "mode accelerator needs a count, and no profile": f"""
+            self.mode != 'accelerator' || (has(self.count) && !{_given("profile")})""",
+    },
+    "tuning": {
+        "preset cannot be changed": "self.preset == oldSelf.preset",
+        "method cannot be changed": "self.method.lowerAscii() == oldSelf.method.lowerAscii()",
+        "method must be specified, for example qlora or lora": "self.method != ''",
+    },
+    "tuning.input": {
+        "exactly one of urls, volumeSource and image must be specified": _one_of(
+            _URLS, "has(self.volumeSource)", _given("image")
+        ),
+        "name cannot be changed once set": "!has(oldSelf.name) || oldSelf.name == '' || " + _same("name"),
+    },
+    "tuning.output": {
+        "exactly one of volumeSource and image must be specified": _one_of("has(self.volumeSource)", _given("image")),
+        "imagePushSecret must be specified with image": f"!{_given('image')} || {_given('imagePushSecret')}",
+        "image still holds a placeholder (…_HERE): put your registry and repository there, in lower case": (
+            _FILLED.format("image")
+        ),
+        "imagePushSecret still holds a placeholder (…_HERE): put the name of your Secret there": (
+            _FILLED.format("imagePushSecret")
+        ),
+    },
+    "inference": {
+        "preset and template cannot be set at the same time": "!has(self.preset) || !has(self.template)",
+        "each adapter must have its own name": """
+            !has(self.adapters) || self.adapters.all(a, !has(a.source.name)
+            || self.adapters.exists_one(b, has(b.source.name) && b.source.name == a.source.name))""",
+    },
+    "inference.adapters.[]": {
+        "an adapter needs a name, and image or volumeSource; URLs are not supported": """
+            has(self.source.name) && self.source.name != '' && !(has(self.source.urls) && size(self.source.urls) > 0)
+            && has(self.source.volumeSource) != (has(self.source.image) && self.source.image != '')""",
+        "strength must be a number from 0 to 1, in quotes": """
+            !has(self.strength) || (self.strength.matches('^[0-9]*[.]?[0-9]+$')
+            && double(self.strength) >= 0.0 && double(self.strength) <= 1.0)""",
+    },
+}
+"""What an API server checks: path → message → rule. A rule with ``oldSelf`` applies to updates only."""

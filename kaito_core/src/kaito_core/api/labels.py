@@ -1,0 +1,61 @@
+"""Labels, annotations and finalizers that KAITO's users and tools know, and the reserved ones."""
+
+from __future__ import annotations
+
+from typing import Final
+
+GROUP: Final = "kaito.sh"
+
+# Labels
+WORKSPACE: Final = "kaito.sh/workspace"
+WORKSPACE_NAMESPACE: Final = "kaito.sh/workspacenamespace"
+RAG_ENGINE: Final = "kaito.sh/ragengine"
+RAG_ENGINE_NAMESPACE: Final = "kaito.sh/ragenginenamespace"
+MACHINE_TYPE: Final = "kaito.sh/machine-type"
+INFERENCE_ROLE: Final = "kaito.sh/inference-role"
+REVISION_NAME: Final = "workspace.kaito.io/name"
+KARPENTER_WORKSPACE: Final = "karpenter.kaito.sh/workspace-name"
+KARPENTER_WORKSPACE_NAMESPACE: Final = "karpenter.kaito.sh/workspace-namespace"
+KARPENTER_INFERENCE_SET: Final = "karpenter.kaito.sh/inferenceset"
+KARPENTER_INFERENCE_SET_NAMESPACE: Final = "karpenter.kaito.sh/inferenceset-namespace"
+KARPENTER_MANAGED_BY: Final = "karpenter.kaito.sh/managed-by"
+
+RESERVED_SELECTOR_KEYS: Final = frozenset(
+    {
+        WORKSPACE,
+        WORKSPACE_NAMESPACE,
+        RAG_ENGINE,
+        RAG_ENGINE_NAMESPACE,
+        KARPENTER_WORKSPACE,
+        KARPENTER_WORKSPACE_NAMESPACE,
+        KARPENTER_INFERENCE_SET,
+        KARPENTER_INFERENCE_SET_NAMESPACE,
+    }
+)
+"""Set on nodes by the controller itself, to know its own: in ``resource.labelSelector`` they are passed over."""
+
+# Annotations
+ENABLE_LOAD_BALANCER: Final = "kaito.sh/enablelb"
+RUNTIME: Final = "kaito.sh/runtime"
+BYPASS_RESOURCE_CHECKS: Final = "kaito.sh/bypass-resource-checks"
+NODE_IMAGE_FAMILY: Final = "kaito.sh/node-image-family"
+NODE_CLASS_NAME: Final = "kaito.sh/node-class-name"
+DISABLE_BENCHMARK: Final = "kaito.sh/disable-benchmark"
+PERFORMANCE_MODE: Final = "kaito.sh/performance-mode"
+USE_LOCAL_WEIGHTS: Final = "kaito.sh/use-local-weights"
+MODEL_STREAMING: Final = "kaito.sh/model-streaming"
+REVISION_HASH: Final = "workspace.kaito.io/hash"
+REVISION: Final = "workspace.kaito.io/revision"
+
+ANNOTATION_VALUES: Final[dict[str, tuple[str, ...]]] = {
+    ENABLE_LOAD_BALANCER: ("True",),
+    NODE_IMAGE_FAMILY: ("ubuntu", "azurelinux"),
+    DISABLE_BENCHMARK: ("true",),
+    PERFORMANCE_MODE: ("balanced", "interactivity", "throughput"),
+    USE_LOCAL_WEIGHTS: ("true", "false"),
+    MODEL_STREAMING: ("disabled",),
+}
+"""Values that have an effect; any other is passed over, so a person is told. Runtimes come from plugins."""
+
+# Finalizers
+FINALIZER: Final = "workspace.finalizer.kaito.sh"

@@ -1,0 +1,79 @@
+"""What has become of a Workspace. Written by the controller; in a file it is accepted and passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from kaito_core.api.base import Observed
+from kaito_core.api.conditions import Condition, State
+
+
+class Metric(Observed):
+    """One measured figure."""
+
+    description: str = Field("", description="What was measured.")
+    value: str = Field("", description="The figure.")
+    unit: str = Field("", description="Its unit.")
+    config: Mapping[str, str] = Field(default_factory=dict, description="The settings it was measured with.")
+
+
+class Performance(Observed):
+    """Measured figures of a serving Workspace."""
+
+    metrics: Mapping[str, Metric] = Field(
+        default_factory=dict, description="Figures by name, among them `peakTokensPerMinute`."
+    )
+
+
+class ProgressStatus(Observed):
+    """How far a tuning is."""
+
+    stage: str = Field("", description="`fetch`, `check`, `train`, `verify` or `push`.")
+    step: int | None = Field(None, description="Optimizer steps done.")
+    steps: int | None = Field(None, description="Optimizer steps in all.")
+    loss: float | None = Field(None, description="The last training loss.")
+    eval_loss: float | None = Field(None, description="The last loss on held-out data.")
+    tokens_per_second: float | None = Field(None, description="Training speed.")
+    seconds_left: float | None = Field(None, description="Estimated time to the end, in seconds.")
+    cost_so_far: float | None = Field(None, description="What the machines have cost so far, in US dollars (estimate).")
+
+
+class Attempt(Observed):
+    """One try to get machines and run the job on them."""
+
+    instance_type: str = Field("", description="The machine that was tried.")
+    region: str = Field("", description="Where.")
+    capacity_type: str = Field("", description="`on-demand` or `spot`.")
+    started: str = Field("", description="When it began (RFC 3339).", json_schema_extra={"format": "date-time"})
+    ended: str = Field("", description="When it ended (RFC 3339).", json_schema_extra={"format": "date-time"})
+    reason: str = Field("", description="How it ended, as one word for programs.")
+    message: str = Field("", description="How it ended, in the words of whoever ended it.")
+
+
+class WorkspaceStatus(Observed):
+    """What has become of a Workspace."""
+
+    state: State | None = Field(
+        None,
+        description="In one word: serving is `Ready` or `NotReady`, tuning `Running`, `Succeeded` or `Failed`.",
+        json_schema_extra={"note": "KAITO: v1beta1 only"},
+    )
+    conditions: tuple[Condition, ...] = Field((), description="Facts about the Workspace.")
+    worker_nodes: tuple[str, ...] = Field((), description="The nodes it runs on.")
+    target_node_count: int | None = Field(
+        None, description="How many nodes it needs.", json_schema_extra={"note": "KAITO: v1beta1 only"}
+    )
+    performance: Performance | None = Field(
+        None, description="Measured figures of serving.", json_schema_extra={"note": "KAITO: v1beta1 only"}
+    )
+    progress: ProgressStatus | None = Field(
+        None, description="How far a tuning is.", json_schema_extra={"note": "not in KAITO"}
+    )
+    attempts: tuple[Attempt, ...] = Field(
+        (),
+        max_length=100,
+        description="The tries to get machines and run the job, the oldest first.",
+        json_schema_extra={"note": "not in KAITO"},
+    )

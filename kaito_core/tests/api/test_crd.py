@@ -1,0 +1,238 @@
+"""The CRD: structural, and, on a real API server, of one mind with the Python rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kaito_core.api import Workspace, check_update, read_workspace
+from kaito_core.api.crd import crd, crd_yaml, workspace_schema
+from kaito_core.problems import errors
+
+QUICKSTART = Path(__file__).parent / "data" / "quickstart.yaml"
+FILLED = (
+    QUICKSTART.read_text()
+    .replace("ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE", "myregistry.azurecr.io/phi-3-adapter")
+    .replace("ACR_REGISTRY_SECRET_HERE", "acr-secret")
+)
+SERVE = {
+    "apiVersion": "kaito.sh/v1beta1",
+    "kind": "Workspace",
+    "metadata": {"name": "serve"},
+    "inference": {"preset": {"name": "phi-4"}},
+}
+ADAPTER = {"source": {"name": "a", "image": "r.example.com/a:1"}, "strength": "0.5"}
+
+
+def schemas(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, node
+    for name, inner in node.get("properties", {}).items():
+        yield from schemas(inner, f"{path}.{name}")
+    for part in ("items", "additionalProperties"):
+        if isinstance(node.get(part), dict):
+            yield from schemas(node[part], f"{path}[]")
+
+
+def test_the_schema_is_structural_and_every_field_is_described() -> None:
+    for path, schema in schemas(workspace_schema()):
+        assert not {"$ref", "anyOf", "allOf", "title", "nullable", "note"} & set(schema), path
+        assert schema["type"], path
+        assert not ("properties" in schema and "additionalProperties" in schema), path
+        if path and not path.endswith("[]") and path != ".metadata":
+            assert schema["description"], path
+
+
+def test_both_versions_are_served_with_one_schema_and_the_columns_of_the_quick_start() -> None:
+    spec = crd()["spec"]
+    assert spec["names"]["shortNames"] == ["wk", "wks"]
+    assert [(v["name"], v["served"], v["storage"]) for v in spec["versions"]] == [
+        ("v1beta1", True, True),
+        ("v1alpha1", True, False),
+    ]
+    first, second = (v["schema"] for v in spec["versions"])
+    assert first == second
+    columns = [c["name"].upper() for c in spec["versions"][1]["additionalPrinterColumns"]]
+    assert [c for c in columns if c not in ("JOBSTARTED", "STATE")] == [
+        "INSTANCE", "RESOURCEREADY", "INFERENCEREADY", "WORKSPACEREADY", "AGE",
+    ]  # fmt: skip
+    assert yaml.safe_load(crd_yaml()) == crd()
+
+
+# --- on a real API server
+
+
+@pytest.fixture(scope="module")
+def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    assets = os.environ.get("KUBEBUILDER_ASSETS", "")
+    tools = {name: shutil.which(name, path=assets) for name in ("etcd", "kube-apiserver", "kubectl")} if assets else {}
+    if not tools or not all(tools.values()) or not shutil.which("openssl"):
+        pytest.skip("needs KUBEBUILDER_ASSETS (a folder with etcd, kube-apiserver and kubectl) and openssl")
+    folder = tmp_path_factory.mktemp("apiserver")
+    port, etcd, peer = (_free_port() for _ in range(3))
+    subprocess.run(["openssl", "genrsa", "-out", folder / "sa.key", "2048"], check=True, capture_output=True)
+    (folder / "tokens").write_text("admin,admin,admin,system:masters\n")
+    address = f"http://127.0.0.1:{etcd}"
+    commands = [
+        [tools["etcd"], f"--data-dir={folder}/etcd", f"--listen-client-urls={address}",
+         f"--advertise-client-urls={address}", f"--listen-peer-urls=http://127.0.0.1:{peer}", "--unsafe-no-fsync"],
+        [tools["kube-apiserver"], f"--etcd-servers={address}", f"--secure-port={port}", f"--cert-dir={folder}",
+         f"--token-auth-file={folder}/tokens", "--authorization-mode=RBAC", "--service-account-issuer=https://test",
+         f"--service-account-key-file={folder}/sa.key", f"--service-account-signing-key-file={folder}/sa.key",
+         "--disable-admission-plugins=ServiceAccount"],
+    ]  # fmt: skip
+    started = []
+
+    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        head = [tools["kubectl"], f"--server=https://127.0.0.1:{port}", "--token=admin", "--insecure-skip-tls-verify"]
+        return subprocess.run(
+            [*map(str, head), *arguments], input=stdin, capture_output=True, text=True, check=False,
+            env={"HOME": str(folder), "KUBECONFIG": os.devnull},
+        )  # fmt: skip
+
+    try:
+        for i, command in enumerate(commands):
+            log = (folder / f"{i}.log").open("wb")
+            started.append(subprocess.Popen([str(c) for c in command], stdout=log, stderr=log))
+        _until(lambda: run("get", "--raw", "/readyz").returncode == 0, folder / "1.log")
+        assert run("apply", "-f", "-", stdin=crd_yaml()).returncode == 0
+        _until(lambda: run("get", "workspaces").returncode == 0, folder / "1.log")
+        yield run
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _until(done: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.3)
+
+
+def merged(base: Any, patch: Any) -> Any:
+    """JSON merge patch (RFC 7386)."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(base) if isinstance(base, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+CREATE: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"inference": {"adapters": [ADAPTER]}}, ""),
+    ({"inference": {"config": "serving"}}, ""),
+    ({"metadata": {"name": "a.b"}}, "DNS-1123 label"),
+    ({"tuning": None}, "either tuning or inference"),
+    ({"resource": {"count": 2}}, "resource.count must be 1"),
+    ({"resource": {"count": "1"}}, "must be of type integer"),
+    ({"resource": {"partition": {"mode": "accelerator", "count": 1}}}, "remove resource.partition"),
+    ({"resource": {"labelSelector": {"matchExpressions": [{"key": "a", "operator": "Exists"}]}}}, "the operator In"),
+    ({"tuning": {"method": None}}, "Required value"),
+    ({"tuning": {"method": ""}}, "method must be specified"),
+    ({"tuning": {"input": None}}, "Required value"),
+    ({"tuning": {"input": {"urls": []}}}, "exactly one of urls"),
+    ({"tuning": {"input": {"volumeSource": {"emptyDir": {}}}}}, "exactly one of urls"),
+    ({"tuning": {"input": {"urls": None, "volumeSource": {"emptyDir": {"medium": "Memory"}}}}}, ""),
+    ({"tuning": {"output": {"imagePushSecret": None}}}, "imagePushSecret must be specified"),
+    ({"tuning": {"output": {"volumeSource": {"emptyDir": {}}}}}, "exactly one of volumeSource"),
+    ({"tuning": None, "inference": {}}, "preset or template must be specified"),
+    ({"tuning": None, "inference": {"preset": {"name": "p"}, "template": {"spec": {}}}}, "at the same time"),
+    ({"tuning": None, "inference": {"template": {"spec": {"containers": [{"name": "c"}]}}}}, ""),
+    ({"inference": {"adapters": [ADAPTER, ADAPTER]}}, "its own name"),
+    ({"inference": {"adapters": [{**ADAPTER, "strength": "1.5"}]}}, "from 0 to 1"),
+    ({"inference": {"adapters": [{"source": {"name": "a", "urls": ["https://x/y"]}}]}}, "URLs are not supported"),
+    ({"inference": {"adapters": [{"source": {"name": str(i), "image": "r/a:1"}} for i in range(11)]}}, "at most 10"),
+    ({"inference": {"preset": {"name": "p", "accessMode": "secret"}}}, "Unsupported value"),
+    ({"tuning": None, "inference": {"preset": {"name": "p"}}, "resource": {"partition": {"mode": "mig"}}}, "needs a profile"),
+]  # fmt: skip
+
+
+def test_the_api_server_and_python_agree_on_what_may_be_created(kubectl: Callable[..., Any]) -> None:
+    for patch, words in CREATE:
+        data = merged(yaml.safe_load(FILLED), patch)
+        result = kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(data))
+        assert (result.returncode == 0) == (words == ""), (patch, result.stderr)
+        assert words in result.stderr, (patch, result.stderr)
+        assert bool(errors(read_workspace(data)[1])) == bool(words), patch
+
+
+UPDATE: list[tuple[str, dict[str, Any], str]] = [
+    ("tune", {"resource": {"instanceType": "x"}}, "instanceType cannot be changed"),
+    ("tune", {"resource": {"instanceType": None}}, ""),
+    ("tune", {"resource": {"labelSelector": None}}, "labelSelector cannot be changed"),
+    ("tune", {"resource": {"labelSelector": {"matchLabels": {"app": "x"}}}}, "labelSelector cannot be changed"),
+    ("tune", {"tuning": {"preset": {"name": "x"}}}, "preset cannot be changed"),
+    ("tune", {"tuning": {"method": "QLoRA"}}, ""),
+    ("tune", {"tuning": {"method": "lora"}}, "method cannot be changed"),
+    ("tune", {"tuning": {"input": {"name": "x"}}}, ""),
+    ("tune", {"tuning": {"input": {"urls": ["https://example.com/x"]}, "config": "c"}}, ""),
+    ("tune", {"tuning": None, "inference": {"preset": {"name": "p"}}}, "tuning cannot be set or removed"),
+    ("tune", {"inference": {"preset": {"name": "p"}}}, ""),
+    ("serve", {"tuning": yaml.safe_load(FILLED)["tuning"]}, "tuning cannot be set or removed"),
+    ("serve", {"resource": {"count": 2}}, "count cannot be changed"),
+    ("serve", {"resource": {"partition": {"mode": "accelerator", "count": 1}}}, "partition cannot be changed"),
+    ("serve", {"inference": {"preset": {"name": "p"}}}, "inference.preset cannot be changed"),
+    ("serve", {"inference": {"preset": None, "template": {"spec": {}}}}, "template cannot be set or removed"),
+    ("serve", {"inference": {"adapters": [ADAPTER]}}, ""),
+]
+
+
+def test_the_api_server_and_python_agree_on_what_may_be_changed(kubectl: Callable[..., Any]) -> None:
+    before: dict[str, Any] = {"tune": merged(yaml.safe_load(FILLED), {"metadata": {"name": "tune"}}), "serve": SERVE}
+    for data in before.values():
+        assert kubectl("create", "-f", "-", stdin=json.dumps(data)).returncode == 0
+    for name, patch, words in UPDATE:
+        result = kubectl("patch", "wk", name, "--type=merge", "--dry-run=server", "-p", json.dumps(patch))
+        assert (result.returncode == 0) == (words == ""), (patch, result.stderr)
+        assert words in result.stderr, (patch, result.stderr)
+        old, new = (Workspace.model_validate(data) for data in (before[name], merged(before[name], patch)))
+        assert bool(check_update(old, new)) == bool(words), patch
+
+
+def test_the_unfilled_quick_start_is_refused_by_the_api_server_too(kubectl: Callable[..., Any]) -> None:
+    result = kubectl("create", "--dry-run=server", "-f", str(QUICKSTART))
+    assert "image still holds a placeholder" in result.stderr
+    assert "imagePushSecret still holds a placeholder" in result.stderr
+
+
+def test_the_status_shows_in_the_table_and_reads_back_as_a_workspace(kubectl: Callable[..., Any]) -> None:
+    kubectl("create", "-f", "-", stdin=json.dumps({**SERVE, "metadata": {"name": "shown"}}))
+    now = "2024-01-01T00:00:00Z"
+    condition = {
+        "type": "WorkspaceSucceeded",
+        "status": "True",
+        "reason": "x",
+        "message": "",
+        "lastTransitionTime": now,
+    }
+    status = {"state": "Ready", "conditions": [condition], "progress": {"stage": "train", "loss": 1.5, "step": 3}}
+    done = kubectl("patch", "wk", "shown", "--subresource=status", "--type=merge", "-p", json.dumps({"status": status}))
+    assert done.returncode == 0, done.stderr
+    table = kubectl("get", "workspace", "shown").stdout.splitlines()
+    assert table[0].split()[:2] == ["NAME", "INSTANCE"]
+    assert table[1].split()[:3] == ["shown", "True", "Ready"]
+    workspace = Workspace.model_validate_json(kubectl("get", "wk", "shown", "-o", "json").stdout)
+    assert workspace.status is not None
+    assert workspace.status.progress is not None
+    assert workspace.status.progress.loss == 1.5

@@ -1,0 +1,213 @@
+"""The plan decides everything, from what it is given and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kaito_core.api import Workspace, load_text
+from kaito_core.planning import catalogue
+from kaito_core.planning.plan import Catalog, plan
+from kaito_core.plugins import (
+    Architecture,
+    Change,
+    ChatFormat,
+    Configuration,
+    DataFacts,
+    MemoryEstimate,
+    MemoryItem,
+    ModelSource,
+    Offer,
+    Preset,
+    Tuner,
+    TuningFit,
+)
+from kaito_core.problems import UserError
+from kaito_core.workloads.job import TuningJob
+from kaito_core.workloads.tuning import tuning_workload
+from kaito_core.workloads.workload import Workload
+
+GIB = 1 << 30
+
+PRESET = Preset(
+    name="tiny",
+    source=ModelSource(hub="me/tiny", revision="abc"),
+    licence="mit",
+    architecture=Architecture("LlamaForCausalLM", 1000, 1, 8, 16, 1, 1, 8, 64, 128, linears={"q_proj": (8, 8)}),
+    chat=ChatFormat("{{ messages }}", ("<|end|>",)),
+    lora_targets=("q_proj",),
+)
+
+
+class Sized(Tuner):
+    """Needs as many GiB as its configuration says, and can be halved down to one."""
+
+    name: ClassVar[str] = "sized"
+    methods: ClassVar[tuple[str, ...]] = ("qlora",)
+
+    def resolve(self, preset: Preset, method: str, user: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        config = {"gib": 8, **(user or {})}
+        if "bad" in config:
+            raise UserError("there is no such setting", field="training_config.bad")
+        return config
+
+    def fit(
+        self, preset: Preset, method: str, config: Mapping[str, Any], offer: Offer, data: DataFacts | None
+    ) -> TuningFit:
+        memory = MemoryEstimate((MemoryItem("base", config["gib"] * GIB),))
+        return TuningFit(Configuration("cpu", "float32", 1, 1, 64), memory, offer.device_memory)
+
+    def smaller(self, preset: Preset, method: str, config: Mapping[str, Any]) -> Iterable[Change]:
+        gib = config["gib"]
+        while gib > 1:
+            gib //= 2
+            yield Change(f"gib {gib} instead of {config['gib']}", method, {**config, "gib": gib})
+
+    def workload(self, job: TuningJob) -> Workload:
+        return tuning_workload(job, train=("train",), verify=("verify",))
+
+    def schema(self) -> Mapping[str, Any]:
+        return {}
+
+
+class OneOfEach:
+    def preset(self, name: str) -> Preset:
+        if name != PRESET.name:
+            raise UserError(f"unknown preset {name}", field="tuning.preset.name")
+        return PRESET
+
+    def tuner(self, method: str) -> Tuner:
+        if method != "qlora":
+            raise UserError(f"unknown method {method}", field="tuning.method")
+        return Sized()
+
+
+def offer(name: str = "this machine", gib: float = 16, **fields: Any) -> Offer:
+    return Offer(name, cpus=4, memory=int(gib * GIB), **{"provisioner": "local", **fields})
+
+
+def workspace(
+    instance_type: str = "", preset: str = "tiny", method: str = "qlora", config: str = "", image: str = "r.io/a:1"
+) -> Workspace:
+    text = f"""
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {{name: one}}
+resource: {{instanceType: "{instance_type}"}}
+tuning:
+  preset: {{name: {preset}}}
+  method: {method}
+  config: "{config}"
+  input: {{urls: ["https://example.com/a.jsonl"]}}
+  output: {{image: "{image}", imagePushSecret: push}}
+"""
+    return load_text(text).workspaces[0]
+
+
+def test_the_first_machine_that_fits_is_chosen_and_the_others_say_why_not() -> None:
+    small, good = offer("small", 4), offer("good", 16)
+    made = plan(workspace(), Catalog(OneOfEach(), (small, good)))
+    assert made.chosen is not None
+    assert made.chosen.offer == good
+    assert [(c.offer.instance_type, c.rejected) for c in made.candidates] == [
+        ("good", ""),
+        ("small", "needs 8.0 GiB, has 4.0 GiB"),
+    ]
+    assert made.refusal is None
+
+
+def test_a_refusal_names_the_smallest_change_that_fits() -> None:
+    made = plan(workspace(), Catalog(OneOfEach(), (offer(gib=5),)))
+    assert made.chosen is None
+    assert made.refusal is not None
+    assert made.refusal.remedy == "it fits this machine with gib 4 instead of 8 (needs 4.0 GiB of 5.0 GiB)"
+
+
+def test_when_no_change_helps_the_smallest_machine_that_fits_is_named() -> None:
+    made = plan(workspace(), Catalog(OneOfEach(), (offer(gib=0.5),)))
+    assert made.refusal is not None
+    assert "the smallest machine that fits is" in made.refusal.remedy
+
+
+def test_a_retired_machine_is_not_chosen() -> None:
+    retired = catalogue.instance_types()["standard_nc6s_v3"]
+    made = plan(workspace("Standard_NC6s_v3"), Catalog(OneOfEach(), (retired, offer())))
+    assert made.chosen is not None
+    assert made.chosen.offer.is_local
+    assert "2025-09-30" in made.candidates[-1].rejected
+
+
+def test_every_problem_at_once() -> None:
+    with pytest.raises(UserError) as e:
+        plan(workspace(preset="tinny", method="dora", config="gone"), Catalog(OneOfEach(), (offer(),)))
+    assert [p.field for p in e.value.problems] == ["tuning.preset.name", "tuning.method", "tuning.config"]
+
+
+def test_memory_is_checked_for_tuning_before_anything_is_bought() -> None:
+    """KAITO's defect 7: no GPU memory check for tuning at all."""
+    a100 = catalogue.instance_types()["standard_nc24ads_a100_v4"]
+    config = {"c": {"training_config.yaml": "training_config: {gib: 500}"}}
+    made = plan(workspace("Standard_NC24ads_A100_v4", config="c"), Catalog(OneOfEach(), (a100,), config))
+    assert made.chosen is None
+    assert made.candidates[0].rejected.startswith("needs 500.0 GiB")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "a: 1", "training_config: 3", "training_config: {", "training_config: {bad: 1}"]
+)
+def test_a_configuration_with_errors_is_a_problem_of_its_field(text: str) -> None:
+    with pytest.raises(UserError) as e:
+        plan(workspace(config="c"), Catalog(OneOfEach(), (offer(),), {"c": {"training_config.yaml": text}}))
+    assert e.value.problems[0].field in ("tuning.config", "training_config.bad")
+
+
+@pytest.mark.parametrize("name", ["lora-params-template", "qlora-params-template"])
+def test_kaitos_own_configmaps_mean_the_defaults(name: str) -> None:
+    assert plan(workspace(config=name), Catalog(OneOfEach(), (offer(),))).config == {"gib": 8}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0.1, 64)), max_size=6), st.integers(1, 64))
+def test_a_plan_is_a_function_of_its_input(machines: list[tuple[str, float]], gib: int) -> None:
+    catalog = Catalog(
+        OneOfEach(),
+        tuple(offer(n, g) for n, g in machines),
+        {"c": {"training_config.yaml": f"training_config: {{gib: {gib}}}"}},
+    )
+    one, two = (plan(workspace(config="c"), catalog) for _ in range(2))
+    assert one.to_json() == two.to_json()
+    assert (one.chosen is None) == (one.refusal is not None)
+    if one.chosen:
+        assert one.chosen.fit.fits
+    assert {c.offer for c in one.candidates} == set(catalog.offers)
+
+
+def test_a_changed_output_pushes_again_and_trains_not_again() -> None:
+    catalog = Catalog(OneOfEach(), (offer(),))
+    one = plan(workspace(image="r.io/a:1"), catalog).workload
+    two = plan(workspace(image="r.io/a:2"), catalog).workload
+    same = {s.name for s, t in zip(one.stages, two.stages, strict=True) if s.key == t.key}
+    assert same == {"fetch", "train", "verify"}
+
+
+def test_the_job_survives_its_file() -> None:
+    job = plan(workspace(), Catalog(OneOfEach(), (offer(),))).job
+    assert TuningJob.from_json(job.to_json()) == job
+    assert job.secrets.registry == ("push",)
+
+
+def test_a_broken_job_file_is_a_clear_message() -> None:
+    with pytest.raises(UserError, match="job file"):
+        TuningJob.from_json('{"name": 3}')
+
+
+def test_the_catalogue_knows_the_quick_starts_machine_and_is_sound() -> None:
+    known = catalogue.instance_types()
+    v100 = known["standard_nc6s_v3"]
+    assert v100.gpu is not None
+    assert not v100.gpu.has_bfloat16
+    assert v100.retired
+    assert all(o.gpu and o.gpu.memory > GIB and o.gpus >= 1 and o.cpus >= 1 for o in known.values())
+    assert catalogue.close_matches("Standard_NC24ads_A100_v5")[0] == "Standard_NC24ads_A100_v4"
