@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 Severity = Literal["error", "warning"]
 
@@ -63,7 +63,7 @@ def errors(problems: Iterable[Problem]) -> list[Problem]:
 class KaitoError(Exception):
     """Stops the program with an exit code and at least one problem."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, problem: Problem | str | Sequence[Problem], remedy: str = "", *, field: str = "") -> None:
         if isinstance(problem, str):

@@ -64,7 +64,10 @@ def free_port() -> int:
 
 @contextmanager
 def running_registry(
-    folder: Path, username: str = "kaito", password: str = "secret", port: int = 0
+    folder: Path,
+    username: str = "kaito",
+    password: str = "secret",  # noqa: S107
+    port: int = 0,
 ) -> Iterator[Registry]:
     """Run a registry that keeps everything in ``folder`` until the block ends.
 
