@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kaito_core.testing.registry import Registry, running_registry, why_no_registry
 
+from kaito_core.testing.registry import Registry, running_registry, why_no_registry
 from tests.conftest import Kaito, workspace
 
 pytest.importorskip("torch", reason="training needs the extra: pip install 'kaito-tuner-qlora[train]'")

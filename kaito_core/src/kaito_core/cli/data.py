@@ -60,7 +60,9 @@ def check(
     except KaitoError as e:
         if not as_json:
             raise
-        click.echo(json.dumps({"ok": False, "problems": [p.to_json() for p in e.problems]}, ensure_ascii=False, indent=2))
+        click.echo(
+            json.dumps({"ok": False, "problems": [p.to_json() for p in e.problems]}, ensure_ascii=False, indent=2)
+        )
         ctx.exit(e.exit_code)
     _show(done.report, done.facts, as_json)
 

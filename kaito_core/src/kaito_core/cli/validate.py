@@ -8,17 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kaito_core.problems import Problem, errors
+from kaito_core.problems import Problem, UserError, errors
 
 if TYPE_CHECKING:
     from kaito_core.api import Documents, Workspace
 
 
 def extra_checks(documents: Documents) -> Iterable[Problem]:
-    """What stands above the resources themselves: presets, methods, the training configuration.
+    """What stands above the resources themselves: the preset, the method, the training configuration.
 
-    Problems without a place get one from the document of their Workspace or ConfigMap (`Document.locate`)."""
-    return ()
+    Each asks the planner, without any machine: what it cannot plan is a problem, with its place in the file."""
+    from kaito_core.api import Workspace
+    from kaito_core.cli.given import Given
+    from kaito_core.planning.plan import Catalog, plan
+    from kaito_core.plugins.manager import load_plugins
+
+    plugins = load_plugins()
+    for document in documents.documents:
+        if isinstance(document.resource, Workspace) and document.resource.tuning:
+            given = Given(document.resource, document, documents)
+            try:
+                plan(given.workspace, Catalog(plugins, (), given.config_maps))
+            except UserError as e:
+                yield from (given.locate(p) for p in e.problems)
 
 
 @click.command("validate")

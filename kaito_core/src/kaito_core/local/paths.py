@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def _url(url: str, base: Path) -> str:
         return url
     if separator and rest.startswith("/"):
         return url
-    return str((base / Path(rest if separator else url).expanduser()).absolute())
+    return _under(base, rest if separator else url)
 
 
 def _volume(source: Mapping[str, Any] | None, base: Path) -> dict[str, Any] | None:
@@ -45,7 +46,11 @@ def _volume(source: Mapping[str, Any] | None, base: Path) -> dict[str, Any] | No
     host = source.get("hostPath")
     if not isinstance(host, Mapping) or not isinstance(host.get("path"), str):
         return dict(source)
-    return {**source, "hostPath": {**host, "path": str((base / Path(host["path"]).expanduser()).absolute())}}
+    return {**source, "hostPath": {**host, "path": _under(base, host["path"])}}
+
+
+def _under(base: Path, path: str) -> str:
+    return os.path.normpath(base / os.path.expanduser(path))  # noqa: PTH111 – Path.expanduser raises for "~nobody"
 
 
 def local_folder(name: str, source: Mapping[str, Any] | None, scratch: Path) -> Path:

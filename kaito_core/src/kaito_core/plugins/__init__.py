@@ -8,8 +8,8 @@ import pluggy
 from kaito_core.plugins.types import (
     API_VERSION,
     Architecture,
-    ChatFormat,
     Change,
+    ChatFormat,
     Command,
     Configuration,
     DataFacts,

@@ -40,15 +40,15 @@ class Kind(Generic[T]):
     """The names of a record: the first is its own, the others are aliases."""
 
 
-PRESETS = Kind[Preset]("presets", "preset", "kaito_presets", Preset, lambda p: (p.name, *p.aliases))
-TUNERS = Kind[Tuner]("methods", "tuning method", "kaito_tuners", Tuner, lambda t: t.methods)
-PROVISIONERS = Kind[NodeProvisioner](
+PRESETS: Kind[Preset] = Kind("presets", "preset", "kaito_presets", Preset, lambda p: (p.name, *p.aliases))
+TUNERS: Kind[Tuner] = Kind("methods", "tuning method", "kaito_tuners", Tuner, lambda t: t.methods)
+PROVISIONERS: Kind[NodeProvisioner] = Kind(
     "provisioners", "node provisioner", "kaito_node_provisioners", NodeProvisioner, lambda p: (p.name,)
 )
-RUNTIMES = Kind[InferenceRuntime](
+RUNTIMES: Kind[InferenceRuntime] = Kind(
     "runtimes", "inference runtime", "kaito_runtimes", InferenceRuntime, lambda r: (r.name,)
 )
-COMMANDS = Kind[Command]("commands", "command", "kaito_commands", Command, lambda c: (c.name,))
+COMMANDS: Kind[Command] = Kind("commands", "command", "kaito_commands", Command, lambda c: (c.name,))
 KINDS: tuple[Kind[Any], ...] = (PRESETS, TUNERS, PROVISIONERS, RUNTIMES, COMMANDS)
 
 
@@ -88,6 +88,7 @@ class Installed:
     remedy: str = ""
     traceback: str = ""
     _hooks: pluggy.PluginManager | None = None
+    """None until it is loaded, and for good when that failed."""
     _provided: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -119,12 +120,11 @@ class Installed:
             self._provided[kind.name] = found
         return self._provided[kind.name]
 
-    def call(self, hook: str, check: Callable[[Any], T], **arguments: Any) -> T | None:
-        """What its implementation of ``hook`` returns, after ``check``; None without one, or when it fails."""
+    def call(self, hook: str, check: Callable[[Any], T], otherwise: T, **arguments: Any) -> T | None:
+        """What its implementation of ``hook`` returns, after ``check``; ``otherwise`` without one; None when it fails."""
         with self._guard():
-            if self._hooks is not None:
-                for result in getattr(self._hooks.hook, hook)(**arguments):
-                    return check(result)
+            results = getattr(self._hooks.hook, hook)(**arguments) if self._hooks is not None else []
+            return check(results[0]) if results else otherwise
         return None
 
     def status(self) -> PluginStatus:
@@ -148,13 +148,9 @@ class Installed:
         found: dict[str, T] = {}
         for record in self._records(kind):
             if isinstance(record, type):
-                raise _Fault(
-                    f"{kind.hook} gave the class {record.__name__} where an instance is wanted: {record.__name__}()"
-                )
+                raise _Fault(f"{kind.hook} gave the class {record.__name__}, not an instance: {record.__name__}()")
             if not isinstance(record, kind.record):
-                raise _Fault(
-                    f"{kind.hook} gave {record!r:.60} (a {type(record).__name__}), not a {kind.record.__name__}"
-                )
+                raise _Fault(f"{kind.hook} gave {shown(record)}, not a {kind.record.__name__}")
             names = kind.names(record)
             if isinstance(names, str):
                 raise _Fault(f"the names of a {kind.noun} are a tuple of strings, not the string {names!r}")
@@ -170,9 +166,7 @@ class Installed:
         records: list[T] = []
         for result in getattr(self._hooks.hook, kind.hook)():
             if not isinstance(result, Iterable):
-                raise _Fault(
-                    f"{kind.hook} must yield {kind.record.__name__} records, and returned a {type(result).__name__}"
-                )
+                raise _Fault(f"{kind.hook} gave {shown(result)}, not an iterable of {kind.record.__name__}")
             records.extend(result)
         return records
 
@@ -219,16 +213,13 @@ class Installed:
 
     def _explain(self, error: BaseException) -> tuple[str, str]:
         leave_out = (
-            f"tell its author (`kaito plugins --json` has the traceback), or `pip uninstall {self.distribution}`"
+            f"`kaito plugins --json` has the traceback for its author; `pip uninstall {self.distribution}` ends it"
         )
         if isinstance(error, ModuleNotFoundError) and error.name:
             if error.name == self.entry_point.module or self.entry_point.module.startswith(error.name + "."):
                 words = f"its module {self.entry_point.module} is not there: the installation is broken"
                 return words, f"pip install --force-reinstall {self.distribution}"
-            return (
-                f"it needs the Python module {error.name}, which is not installed",
-                f"pip install {self.distribution}",
-            )
+            return f"it needs the Python module {error.name}, which is missing", f"pip install {self.distribution}"
         if isinstance(error, _Fault):
             return str(error), error.remedy or leave_out
         if isinstance(error, UserError):
@@ -247,10 +238,14 @@ def is_own_name(kind: Kind[T], name: str, record: T) -> bool:
     return kind.name == TUNERS.name or name == normalised(next(iter(kind.names(record))))
 
 
+def shown(value: object) -> str:
+    """A value that is not what it should be, as an error shows it."""
+    return f"{value!r:.60} ({type(value).__name__})"
+
+
 def _check_marks(module: Any) -> None:
-    unmarked = [
-        h for h in HOOKS if callable(getattr(module, h, None)) and not hasattr(getattr(module, h), "kaito_impl")
-    ]
+    found = {h: getattr(module, h) for h in HOOKS if callable(getattr(module, h, None))}
+    unmarked = [h for h, function in found.items() if not hasattr(function, "kaito_impl")]
     if unmarked:
         raise _Fault(f"{', '.join(unmarked)} is not marked with @hookimpl, so nothing would call it")
 

@@ -27,6 +27,7 @@ from kaito_core.plugins.installed import (
     Kind,
     PluginStatus,
     is_own_name,
+    shown,
 )
 from kaito_core.plugins.known import canonical, unknown
 from kaito_core.plugins.types import Command, InferenceRuntime, NodeProvisioner, Preset, Tuner, normalised
@@ -127,28 +128,26 @@ class PluginManager:
         """What the rules of all plugins say. A rule that itself fails is a warning: nobody shall think it was checked."""
         found = []
         for plugin in self._plugins:
-            before = plugin.error
-            found.extend(plugin.call("kaito_validate", _problems, workspace=workspace, plan=plan) or [])
-            if plugin.error != before:
-                found.append(
-                    Problem(
-                        f"the rules of {plugin} could not be checked: {plugin.error}", plugin.remedy, severity="warning"
-                    )
-                )
+            none: list[Problem] = []
+            said = plugin.call("kaito_validate", _problems, none, workspace=workspace, plan=plan)
+            if said is None:
+                message = f"the rules of {plugin} could not be checked: {plugin.error}"
+                said = [Problem(message, plugin.remedy, severity="warning")]
+            found.extend(said)
         return found
 
     def workload(self, workspace: Workspace, workload: Workload) -> Workload:
         """The workload after every plugin had its say, each on what the one before it made."""
         for plugin in self._plugins:
             check = functools.partial(_same_type, workload)
-            changed = plugin.call("kaito_workload", check, workspace=workspace, workload=workload)
+            changed = plugin.call("kaito_workload", check, workload, workspace=workspace, workload=workload)
             workload = changed or workload
         return workload
 
     def notify(self, event: Mapping[str, Any]) -> None:
         """Tell every plugin that listens."""
         for plugin in self._plugins:
-            plugin.call("kaito_events", bool, event=event)
+            plugin.call("kaito_events", bool, False, event=event)
 
     # --- about the plugins themselves ---
 
@@ -208,13 +207,13 @@ def _problems(result: Any) -> list[Problem]:
     found = list(result)
     for each in found:
         if not isinstance(each, Problem):
-            raise TypeError(f"kaito_validate gave {each!r:.60}, not a Problem")
+            raise TypeError(f"kaito_validate gave {shown(each)}, not a Problem")
     return found
 
 
 def _same_type(before: T, after: Any) -> T:
     if not isinstance(after, type(before)):
-        raise TypeError(f"kaito_workload returned a {type(after).__name__}, not a {type(before).__name__}")
+        raise TypeError(f"kaito_workload gave {shown(after)}, not a {type(before).__name__}")
     return after
 
 

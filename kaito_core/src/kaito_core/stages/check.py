@@ -5,32 +5,41 @@ KAITO finds a wrong push secret after hours of training (its defect 11) and bad 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kaito_core.problems import Failure
 from kaito_core.progress import Progress
 from kaito_core.workloads.job import Folders, TuningJob
 
+if TYPE_CHECKING:
+    from kaito_core.data.doctor import Report
+
 
 def body(job: TuningJob, folders: Folders, events: Progress) -> Mapping[str, Any]:
-    from kaito_core.data.prepare import REPORT, data_files, prepare
+    from kaito_core.data.prepare import BadData, data_files, prepare
 
     _output(job, events)
     files = data_files(folders.data)
     into = folders.results / "prepared"
-    prepared = prepare(files, job.preset, folders.weights, job.config, into, sequence=job.configuration.sequence)
-    report = {**prepared.report.to_json(), "digest": prepared.facts.digest}
-    (into / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
-    for line in prepared.report.lines():
-        events.message(line)
-    for problem in prepared.report.problems:
-        events.message(str(problem))
+    try:
+        prepared = prepare(files, job.preset, folders.weights, job.config, into, sequence=job.configuration.sequence)
+    except BadData as e:
+        _tell(e.report, events)
+        raise
+    _tell(prepared.report, events)
     return {"data": asdict(prepared.facts)}
+
+
+def _tell(report: Report, events: Progress) -> None:
+    for line in report.lines():
+        events.message(line)
+    for problem in report.problems:
+        if problem.severity == "warning":
+            events.message(str(problem))
 
 
 def _output(job: TuningJob, events: Progress) -> None:
