@@ -121,10 +121,11 @@ def test_all_problems_at_once(kaito: Kaito, tmp_path: Path) -> None:
     assert "Small_" in said
 
 
-def test_a_known_but_missing_plugin_is_named(kaito: Kaito) -> None:
+def test_a_plugin_that_is_left_out_is_named(kaito: Kaito) -> None:
     answer = kaito("plan", EXAMPLES / "kaito-quickstart.yaml", KAITO_PLUGINS="tuner-qlora")
     assert answer.returncode == 2
-    assert "pip install kaito-preset-phi3" in answer.stderr
+    assert "kaito-preset-phi3" in answer.stderr
+    assert "KAITO_PLUGINS" in answer.stderr
 
 
 def test_no_such_run(kaito: Kaito) -> None:

@@ -53,3 +53,9 @@ def test_training_without_its_packages_says_what_to_install(kaito: Path, tmp_pat
     answer = run(kaito, "run", "--local", "--yes", EXAMPLES / "kaito-quickstart.yaml")
     assert answer.returncode == 2
     assert "pip install 'kaito-tuner-qlora[train]'" in answer.stderr
+
+
+def test_a_known_but_missing_plugin_is_named(kaito: Path) -> None:
+    answer = run(kaito, "plan", EXAMPLES / "quickstart.yaml")
+    assert answer.returncode == 2
+    assert "pip install kaito-preset-demo" in answer.stderr

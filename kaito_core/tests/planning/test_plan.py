@@ -25,7 +25,7 @@ from kaito_core.plugins import (
     Tuner,
     TuningFit,
 )
-from kaito_core.problems import UserError
+from kaito_core.problems import Failure, UserError
 from kaito_core.workloads.job import TuningJob
 from kaito_core.workloads.tuning import tuning_workload
 from kaito_core.workloads.workload import Workload
@@ -211,3 +211,14 @@ def test_the_catalogue_knows_the_quick_starts_machine_and_is_sound() -> None:
     assert v100.retired
     assert all(o.gpu and o.gpu.memory > GIB and o.gpus >= 1 and o.cpus >= 1 for o in known.values())
     assert catalogue.close_matches("Standard_NC24ads_A100_v5")[0] == "Standard_NC24ads_A100_v4"
+
+
+class Broken(Sized):
+    def fit(self, *_: Any) -> TuningFit:
+        raise ZeroDivisionError("division by zero")
+
+
+def test_a_broken_tuner_is_named_and_no_traceback_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OneOfEach, "tuner", lambda *_: Broken())
+    with pytest.raises(Failure, match="the tuner 'sized' broke: ZeroDivisionError: division by zero"):
+        plan(workspace(), Catalog(OneOfEach(), (offer(),)))

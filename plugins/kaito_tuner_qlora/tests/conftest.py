@@ -38,7 +38,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    tokenizer.train_from_iterator([f"What does the {a} say? The {a} {s}." for a, s in zip(ANIMALS, SOUNDS, strict=True)], trainer)
+    tokenizer.train_from_iterator(
+        [f"What does the {a} say? The {a} {s}." for a, s in zip(ANIMALS, SOUNDS, strict=True)], trainer
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     torch.manual_seed(0)
@@ -87,12 +89,24 @@ PRESET = Preset(
 )  # fmt: skip
 
 
-def tiny_job(method: str = "qlora", micro_batch: int = 2, accumulation: int = 1, processes: int = 1, **sections: Mapping[str, Any]) -> TuningJob:
+def tiny_job(
+    method: str = "qlora",
+    micro_batch: int = 2,
+    accumulation: int = 1,
+    processes: int = 1,
+    **sections: Mapping[str, Any],
+) -> TuningJob:
     """A job on the CPU with rows of 128 tokens; ``sections`` override the test's own configuration."""
     from kaito_tuner_qlora import config
 
     base = {
-        "TrainingArguments": {"max_length": 128, "learning_rate": 5e-3, "max_steps": 12, "optim": "adamw_torch", "eval_steps": 6},
+        "TrainingArguments": {
+            "max_length": 128,
+            "learning_rate": 5e-3,
+            "max_steps": 12,
+            "optim": "adamw_torch",
+            "eval_steps": 6,
+        },
         "LoraConfig": {"r": 8},
     }
     user = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}

@@ -112,7 +112,9 @@ def test_rows_are_read_and_cut(tmp_path: Path, examples: list) -> None:
 
     write_examples(tmp_path / "x.arrow", examples, {})
     read = batches.read(tmp_path / "x.arrow", 128)
-    assert [(e.input_ids.tolist(), e.trained.tolist()) for e in read] == [tuple(e) for e in examples]
+    assert [(e.input_ids.tolist(), e.trained.tolist()) for e in read] == [
+        (list(e.input_ids), list(e.trained)) for e in examples
+    ]
     asked = examples[0].trained.index(True)
     assert len(batches.read(tmp_path / "x.arrow", asked)) < len(examples)  # cut before anything is learned: left out
     short = batches.read(tmp_path / "x.arrow", asked + 1)

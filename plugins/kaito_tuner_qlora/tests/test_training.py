@@ -63,7 +63,9 @@ def test_an_adapter_is_trained_and_verified(make_job: Any, make_run: Any) -> Non
     verify(run.job, run.folders, Progress(results / "progress.jsonl", "verify"))
     verified = json.loads((results / "verify.json").read_text())
     assert verified["eval_loss_after"] < verified["eval_loss_before"]
-    assert verified["eval_loss_after"] == pytest.approx(metrics["summary"]["eval_loss"], rel=1e-3)  # what was saved is what was measured
+    assert verified["eval_loss_after"] == pytest.approx(
+        metrics["summary"]["eval_loss"], rel=1e-3
+    )  # what was saved is what was measured
     assert verified["stops"]["after"] == verified["stops"]["of"] == 5
     card = (results / "adapter/README.md").read_text()
     assert "base_model: example/tiny-phi" in card
@@ -99,7 +101,9 @@ def test_out_of_memory_backs_off_and_goes_on(make_job: Any, make_run: Any, monke
 
     def little_memory(model: torch.nn.Module, b: Any) -> torch.Tensor:
         if b.tokens > 130:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried …")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried …"
+            )
         return real(model, b)
 
     monkeypatch.setattr(models, "batch_loss", little_memory)
@@ -108,7 +112,9 @@ def test_out_of_memory_backs_off_and_goes_on(make_job: Any, make_run: Any, monke
     assert_same_adapter(adapter(calm), adapter(tight))
 
 
-def test_out_of_memory_with_one_example_says_what_to_do(make_job: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_with_one_example_says_what_to_do(
+    make_job: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_memory(model: torch.nn.Module, b: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
@@ -128,7 +134,9 @@ def test_a_diverged_training_stops(make_job: Any, make_run: Any, monkeypatch: py
 
 def test_killed_at_any_instant_it_goes_on_where_it_was(make_job: Any, make_run: Any) -> None:
     """KAITO defect 9: there a retry starts from zero, and a spot eviction loses everything."""
-    job = make_job(TrainingArguments={"max_steps": 24, "save_steps": 4, "eval_strategy": "no"}, LoraConfig={"lora_dropout": 0.1})
+    job = make_job(
+        TrainingArguments={"max_steps": 24, "save_steps": 4, "eval_strategy": "no"}, LoraConfig={"lora_dropout": 0.1}
+    )
     calm, killed = make_run(job, "calm"), make_run(job, "killed")
     train(calm)
     process = killed.start()
@@ -178,7 +186,9 @@ def test_no_checkpoint_is_kept_when_none_is_asked_for(make_job: Any, make_run: A
     assert [e["step"] for e in run.events("checkpoint")] == [1, 2, 3]
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_training(make_job: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
+    make_job: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -188,7 +198,9 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(make_job: Any, make
     assert any("No space left" in e["text"] for e in run.events("message"))
 
 
-def test_the_best_adapter_is_the_result_and_patience_ends(make_job: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_adapter_is_the_result_and_patience_ends(
+    make_job: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kaito_tuner_qlora import trainer
 
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
@@ -252,7 +264,9 @@ def test_an_adapter_that_is_not_one_is_refused(make_job: Any, make_run: Any, wei
 def test_only_the_first_of_several_processes_writes(make_job: Any, make_run: Any) -> None:
     """KAITO defect 12: there every process saves. Two processes train as one with twice the rows does."""
     alone = make_run(make_job(micro_batch=2, TrainingArguments={"max_steps": 3, "eval_strategy": "no"}), "alone")
-    both = make_run(make_job(micro_batch=1, processes=2, TrainingArguments={"max_steps": 3, "eval_strategy": "no"}), "both")
+    both = make_run(
+        make_job(micro_batch=1, processes=2, TrainingArguments={"max_steps": 3, "eval_strategy": "no"}), "both"
+    )
     train(alone)
     process = both.start()
     out, _ = process.communicate(timeout=180)

@@ -14,6 +14,7 @@ from kaito_core.local.home import model_folders
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, plan, requirements
+from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements
 from kaito_core.problems import KaitoError, Problem, UserError
 
@@ -133,7 +134,8 @@ def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> lis
             )
     for provisioner in plugins.provisioners().values():
         if not local or provisioner.name == "local":
-            found.extend(provisioner.offers(wanted))
+            with blamed_on(f"the node provisioner {provisioner.name!r}"):
+                found.extend(provisioner.offers(wanted))
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kaito_core.planning import catalogue
+from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements, Tuner, TuningFit
 from kaito_core.problems import Problem, UserError
 from kaito_core.workloads.job import DataInput, Secrets, TuningJob
@@ -120,7 +121,8 @@ class Plan:
     @property
     def workload(self) -> Workload:
         """What will be run."""
-        return self.tuner.workload(self.job)
+        with blamed_on(f"the tuner {self.tuner.name!r}"):
+            return self.tuner.workload(self.job)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, for ``--json``; bytes and seconds as numbers, all of them estimates."""
@@ -195,14 +197,15 @@ def plan(workspace: Workspace, catalog: Catalog) -> Plan:
     if preset is None or tuner is None or found:
         raise UserError(found)
     method = tuning.method
-    config = tuner.resolve(preset, method, user)
-    candidates = _candidates(workspace, preset, tuner, method, config, catalog)
+    refusal = None
+    with blamed_on(f"the tuner {tuner.name!r}"):
+        config = tuner.resolve(preset, method, user)
+        candidates = _candidates(workspace, preset, tuner, method, config, catalog)
+        if all(c.rejected for c in candidates):
+            refusal = _refusal(preset, tuner, method, config, candidates, catalog.data)
     folder = catalog.model_folders.get(preset.name, "")
     if not folder and workspace.metadata.annotations.get(LOCAL_WEIGHTS, "").lower() == "true":
         folder = f"/opt/kaito/models/{preset.name}"  # KAITO's place for them, 1.3 of its annotations
-    refusal = None
-    if all(c.rejected for c in candidates):
-        refusal = _refusal(preset, tuner, method, config, candidates, catalog.data)
     return Plan(workspace, preset, tuner, method, config, candidates, catalog.data, folder, refusal)
 
 

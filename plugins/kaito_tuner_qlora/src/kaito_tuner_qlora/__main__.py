@@ -57,14 +57,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(stage: str, job: TuningJob, folders: Folders, progress: Progress) -> int:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything was fetched; nothing that a library wants to look up is worth waiting for
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # everything was fetched; nothing that a library wants to look up is worth waiting for
+    )
     try:
         import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as e:
-        raise UserError(f"the training libraries are not installed: {e}", "pip install 'kaito-tuner-qlora[train]'") from e
+        raise UserError(
+            f"the training libraries are not installed: {e}", "pip install 'kaito-tuner-qlora[train]'"
+        ) from e
     from kaito_tuner_qlora.train import Interrupted, train
 
     try:
@@ -77,13 +81,23 @@ def _run(stage: str, job: TuningJob, folders: Folders, progress: Progress) -> in
     except Interrupted as e:
         return e.exit_code
     except OSError as e:
-        raise Failure(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", "check the disk and the folders of the job") from e
+        raise Failure(
+            f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", "check the disk and the folders of the job"
+        ) from e
     return 0
 
 
 def _several_processes(stage: str, count: int) -> None:
     """Becomes torchrun, which starts this command once per GPU."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "kaito_tuner_qlora", stage]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        "-m",
+        "kaito_tuner_qlora",
+        stage,
+    ]
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -45,7 +45,11 @@ def render(job: TuningJob, metrics: Mapping[str, Any], doctor: Mapping[str, Any]
         *(f'<p class="warning">{escape(w)}</p>' for w in verified.get("warnings", [])),
         _result(metrics, verified),
         "<h2>Loss</h2>",
-        _chart(loss, held_out, 'nats per learned token: <span class="key-a">training</span>, <span class="key-b">held out</span>'),
+        _chart(
+            loss,
+            held_out,
+            'nats per learned token: <span class="key-a">training</span>, <span class="key-b">held out</span>',
+        ),
         _samples(verified),
         "<h2>Training data</h2>",
         _table(_data(metrics, doctor)),
@@ -62,9 +66,11 @@ def render(job: TuningJob, metrics: Mapping[str, Any], doctor: Mapping[str, Any]
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(job.name)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(job.name)}</title><style>{STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
@@ -109,13 +115,20 @@ def _machine(job: TuningJob, metrics: Mapping[str, Any]) -> Iterable[tuple[str, 
     yield "rows per step", f"{c.micro_batch * c.accumulation} of {c.sequence} tokens"
     yield "tokens per forward pass", f"at most {metrics.get('budget', 0):,}"
     yield "trained parameters", f"{parameters.get('trained', 0):,} of {parameters.get('total', 0):,}"
-    yield "training", f"{metrics.get('seconds', 0):,.0f} s, and {metrics.get('load_seconds', 0):,.0f} s to load the model"
+    yield (
+        "training",
+        f"{metrics.get('seconds', 0):,.0f} s, and {metrics.get('load_seconds', 0):,.0f} s to load the model",
+    )
     yield "tokens", f"{metrics.get('tokens', 0):,} at {metrics.get('tokens_per_second', 0):,} a second"
     yield "memory", f"at most {metrics.get('memory', 0) / 2**30:.2f} GiB"
 
 
 def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    return "<table>" + "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(_shown(v))}</td></tr>" for k, v in rows) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(_shown(v))}</td></tr>" for k, v in rows)
+        + "</table>"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -73,7 +73,11 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> None:
     rows = batches.rows(examples.lengths.tolist(), job.configuration.sequence, config.training.packing)
     step_rows = job.configuration.micro_batch * job.configuration.accumulation
     steps_per_epoch = math.ceil(len(rows) / (step_rows * job.configuration.processes))
-    steps = config.training.max_steps if config.training.max_steps > 0 else math.ceil(steps_per_epoch * config.training.num_train_epochs)
+    steps = (
+        config.training.max_steps
+        if config.training.max_steps > 0
+        else math.ceil(steps_per_epoch * config.training.num_train_epochs)
+    )
     counts = models.parameters(peft_model)
     progress.message(
         f"{len(examples)} examples in {len(rows)} rows of {job.configuration.sequence} tokens, {len(held_out)} held out; "
@@ -142,7 +146,9 @@ def read_data(folders: Folders, sequence: int) -> tuple[Examples, Examples]:
     return examples, held_out
 
 
-def training_arguments(training: sections.TrainingArguments, job: TuningJob, output: Path, step_rows: int, steps: int, held_out: bool) -> TrainingArguments:
+def training_arguments(
+    training: sections.TrainingArguments, job: TuningJob, output: Path, step_rows: int, steps: int, held_out: bool
+) -> TrainingArguments:
     """transformers' arguments from ours; whatever it refuses is the user's to mend."""
     cuda, dtype = job.configuration.device == "cuda", job.configuration.dtype
     optim = training.optim if cuda or not ("8bit" in training.optim or "paged" in training.optim) else "adamw_torch"
@@ -167,7 +173,9 @@ def training_arguments(training: sections.TrainingArguments, job: TuningJob, out
         "logging_nan_inf_filter": False,
         "eval_strategy": training.eval_strategy if held_out else "no",
         "eval_steps": _often(training.eval_steps, steps, EVALUATIONS),
-        "save_strategy": "steps" if training.save_steps else {"epoch": "epoch", "best": "best"}.get(training.save_strategy, "no"),
+        "save_strategy": "steps"
+        if training.save_steps
+        else {"epoch": "epoch", "best": "best"}.get(training.save_strategy, "no"),
         "save_steps": _often(training.save_steps, steps, 1),
         "save_total_limit": training.save_total_limit,
         "neftune_noise_alpha": training.neftune_noise_alpha,
@@ -183,7 +191,11 @@ def training_arguments(training: sections.TrainingArguments, job: TuningJob, out
         return TrainingArguments(**fields)
     except (TypeError, ValueError, ImportError) as e:
         text = str(e).strip().splitlines()[0]
-        raise UserError(f"transformers refuses the training arguments: {text}", "change TrainingArguments", field="TrainingArguments") from e
+        raise UserError(
+            f"transformers refuses the training arguments: {text}",
+            "change TrainingArguments",
+            field="TrainingArguments",
+        ) from e
 
 
 def _often(asked: float | None, steps: int, times: int) -> int:
@@ -212,13 +224,21 @@ class Signals:
         self.follow.signal = number
 
 
-def choose(trainer: PackedTrainer, training: sections.TrainingArguments, output: Path, metrics: dict[str, Any]) -> Path | None:
+def choose(
+    trainer: PackedTrainer, training: sections.TrainingArguments, output: Path, metrics: dict[str, Any]
+) -> Path | None:
     """The folder of the best evaluation's adapter when it is not the last one and better is wanted; else None."""
     state, folder = trainer.state, output / BEST
-    if not training.load_best_model_at_end or state.best_global_step in (None, state.global_step) or not folder.is_dir():
+    if (
+        not training.load_best_model_at_end
+        or state.best_global_step in (None, state.global_step)
+        or not folder.is_dir()
+    ):
         return None
     metrics["summary"].update(eval_loss=round(state.best_metric or math.nan, 5), adapter_of_step=state.best_global_step)
-    trainer.progress.message(f"the adapter of step {state.best_global_step} has the least held-out loss and is the result")
+    trainer.progress.message(
+        f"the adapter of step {state.best_global_step} has the least held-out loss and is the result"
+    )
     return folder
 
 

@@ -28,7 +28,7 @@ from kaito_core.progress import Progress
 from kaito_tuner_qlora import checkpoints, model as models  # noqa: I001
 from kaito_tuner_qlora.batches import Example, batch, batches
 
-BEST = "best"
+BEST, WRITING_BEST = "best", "best-being-written"
 EVENT_EVERY = 1.0
 """Seconds between step events at least: a follower reads no faster."""
 
@@ -153,9 +153,14 @@ class PackedTrainer(Trainer):
 
     def _remember_best(self) -> None:
         folder = Path(str(self.args.output_dir))
-        shutil.rmtree(folder / WRITING_BEST, ignore_errors=True)
-        self.model.save_pretrained(folder / WRITING_BEST, save_embedding_layers=False)  # type: ignore[operator]
-        checkpoints.publish(folder / WRITING_BEST, folder / BEST)
+        try:
+            self.model.save_pretrained(folder / WRITING_BEST, save_embedding_layers=False)  # type: ignore[operator]
+            checkpoints.publish(folder / WRITING_BEST, folder / BEST)
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(folder / BEST, ignore_errors=True)  # an older one would pass for the best
+            self.progress.message(f"the best adapter so far could not be kept: {e}; the training goes on")
+        finally:
+            shutil.rmtree(folder / WRITING_BEST, ignore_errors=True)
 
     # --- checkpoints ---
 
@@ -191,9 +196,6 @@ class PackedTrainer(Trainer):
         """The adapter alone: no pickled arguments beside it."""
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)  # type: ignore[operator]
-
-
-WRITING_BEST = "best-being-written"
 
 
 @torch.no_grad()

@@ -62,7 +62,11 @@ def verify(job: TuningJob, folders: Folders, progress: Progress) -> None:
         "measured_on": measured_on,
         "examples": len(held_out),
         "samples": samples,
-        "stops": {"before": sum(s["stops_before"] for s in samples), "after": sum(s["stops_after"] for s in samples), "of": len(samples)},
+        "stops": {
+            "before": sum(s["stops_before"] for s in samples),
+            "after": sum(s["stops_after"] for s in samples),
+            "of": len(samples),
+        },
     }
     warnings = _warnings(result)
     result["warnings"] = warnings
@@ -84,21 +88,33 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
         saved = load_file(folder / artifact.WEIGHTS)
         model = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as e:
-        raise Failure(f"the adapter in {folder} does not load on the base model: {str(e).strip().splitlines()[0]}", remedy) from e
+        raise Failure(
+            f"the adapter in {folder} does not load on the base model: {str(e).strip().splitlines()[0]}", remedy
+        ) from e
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if set(saved) != set(loaded):
         different = sorted(set(saved) ^ set(loaded))
-        raise Failure(f"the adapter in {folder} is for another model: {len(different)} tensors differ, such as {different[0]}", remedy)
+        raise Failure(
+            f"the adapter in {folder} is for another model: {len(different)} tensors differ, such as {different[0]}",
+            remedy,
+        )
     starts = [tensor for name, tensor in saved.items() if "lora_B" in name]
     if not starts or not any(bool(tensor.any()) for tensor in starts):
-        raise Failure("the adapter has learned nothing: all its B matrices are zero", "check the learning rate and the number of steps")
+        raise Failure(
+            "the adapter has learned nothing: all its B matrices are zero",
+            "check the learning rate and the number of steps",
+        )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in saved.values()):
-        raise Failure("the adapter holds values that are not numbers", "lower TrainingArguments.learning_rate and train again")
+        raise Failure(
+            "the adapter holds values that are not numbers", "lower TrainingArguments.learning_rate and train again"
+        )
     model.eval()
     return model
 
 
-def answers(model: PeftModel, examples: Sequence[Example], weights: Path, stops: list[int], context: int) -> list[dict[str, Any]]:
+def answers(
+    model: PeftModel, examples: Sequence[Example], weights: Path, stops: list[int], context: int
+) -> list[dict[str, Any]]:
     """What the model says to up to five prompts, without and with the adapter, greedily, and what the data says."""
     from tokenizers import Tokenizer
 
@@ -140,9 +156,15 @@ def _generate(model: PeftModel, prompt: list[int], stops: list[int], room: int) 
     """The answer, and whether a stop token ended it."""
     ids = torch.tensor([prompt], device=model.get_base_model().get_input_embeddings().weight.device)
     generation = transformers.GenerationConfig(
-        max_new_tokens=room, do_sample=False, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0, use_cache=True
+        max_new_tokens=room,
+        do_sample=False,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=True,
     )
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=generation)[0, len(prompt) :].tolist()
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=generation)[
+        0, len(prompt) :
+    ].tolist()
     return out, bool(out) and out[-1] in stops
 
 
@@ -157,9 +179,13 @@ def _warnings(result: dict[str, Any]) -> list[str]:
     found = []
     before, after = result["eval_loss_before"], result["eval_loss_after"]
     if not after < before:
-        found.append(f"the adapter does not help: the loss on {result['measured_on']} was {before:.4f} and is {after:.4f}")
+        found.append(
+            f"the adapter does not help: the loss on {result['measured_on']} was {before:.4f} and is {after:.4f}"
+        )
     if result["samples"] and not result["stops"]["after"] and result["stops"]["before"]:
-        found.append("none of the sample answers ends any more: check that the data ends its answers with the stop token")
+        found.append(
+            "none of the sample answers ends any more: check that the data ends its answers with the stop token"
+        )
     return found
 
 
