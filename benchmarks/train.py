@@ -53,6 +53,7 @@ def make_data(folder: Path, count: int, vocabulary: int) -> None:
 
     The answers repeat words of a small vocabulary in a fixed order, so that there is something to learn."""
     import numpy as np
+
     from kaito_core.data.prepared import write_examples
     from kaito_core.data.tokens import Example
 
@@ -136,6 +137,7 @@ def clocked(callback: type) -> dict[str, float]:
 
 def kaito(a: argparse.Namespace) -> dict[str, Any]:
     import torch
+
     from kaito_core.plugins.types import Configuration
     from kaito_core.progress import Progress
     from kaito_core.workloads.job import DataInput, Folders, TuningJob
@@ -165,8 +167,9 @@ def kaito(a: argparse.Namespace) -> dict[str, Any]:
 def plain(a: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
-    from kaito_tuner_qlora import attention, batches, trainer
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    from kaito_tuner_qlora import attention, batches, trainer
 
     transformers.utils.logging.set_verbosity_error()
     examples = batches.read(a.data / "prepared/train.arrow", 2048)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kaito_core.problems import Failure
-from kaito_tuner_qlora import batches, config, loss, model as models  # noqa: I001
+from kaito_tuner_qlora import batches, config, loss
+from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Example
 
 

@@ -40,12 +40,12 @@ def test_smaller_begins_with_one_change_and_the_least_painful() -> None:
     said = descriptions("lora", {"TrainingArguments": {"optim": "adamw_torch", "gradient_checkpointing": False}})
     assert said[:7] == [
         "gradient_checkpointing true",
+        "method qlora instead of lora",
         "examples cut at max_length 1024 instead of 2048",
         "examples cut at max_length 512 instead of 2048",
-        "method qlora instead of lora",
         "r 8 instead of 16",
         "optim paged_adamw_8bit instead of adamw_torch",
-        "gradient_checkpointing true and examples cut at max_length 1024 instead of 2048",
+        "gradient_checkpointing true and method qlora instead of lora",
     ]
     assert len(said) == len(set(said))
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from kaito_core.problems import Failure, UserError
 from kaito_core.progress import Progress
-from kaito_tuner_qlora import checkpoints, model as models, train as stage  # noqa: I001
+from kaito_tuner_qlora import checkpoints
+from kaito_tuner_qlora import model as models
+from kaito_tuner_qlora import train as stage
 from kaito_tuner_qlora.verify import load_adapter, verify
 
 pytestmark = pytest.mark.slow

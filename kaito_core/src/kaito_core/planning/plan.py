@@ -302,18 +302,30 @@ def _refusal(
             field="resource.instanceType",
         )
     reasons = "; ".join(f"{c.offer}: {c.rejected}" for c in tried)
+    smaller = _smallest_change(preset, tuner, method, config, tried, data)
+    larger = _smallest_machine(preset, tuner, method, config, data, tried[0].offer.cloud)
+    remedies = [f"it fits {smaller}" if smaller else "", f"as it stands, the smallest machine is {larger}" if larger else ""]
+    remedy = "; ".join(r for r in remedies if r) or "no known machine is large enough"
+    return Problem(reasons, remedy, field="resource.instanceType")
+
+
+def _smallest_change(
+    preset: Preset,
+    tuner: Tuner,
+    method: str,
+    config: Mapping[str, Any],
+    tried: Iterable[Candidate],
+    data: DataFacts | None,
+) -> str:
+    """The least painful change with which the job fits one of the machines that were considered."""
     here = [c.offer for c in tried if not c.offer.retired]
     for change in tuner.smaller(preset, method, config):
         for offer in here:
             fit = tuner.fit(preset, change.method, change.config, offer, data)
             if fit.fits:
                 needs = f"needs {gib(fit.memory.total)} of {gib(fit.capacity)}"
-                return Problem(
-                    reasons, f"it fits {offer.instance_type} with {change.description} ({needs})", field="resource"
-                )
-    replacement = _smallest_machine(preset, tuner, method, config, data, tried[0].offer.cloud)
-    remedy = f"the smallest machine that fits is {replacement}" if replacement else "no known machine is large enough"
-    return Problem(reasons, remedy, field="resource.instanceType")
+                return f"{offer.instance_type} with {change.description} ({needs})"
+    return ""
 
 
 def _smallest_machine(

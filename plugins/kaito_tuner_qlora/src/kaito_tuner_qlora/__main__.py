@@ -98,7 +98,7 @@ def _several_processes(stage: str, count: int) -> None:
         "kaito_tuner_qlora",
         stage,
     ]
-    os.execv(sys.executable, [sys.executable, *command])
+    os.execv(sys.executable, [sys.executable, *command])  # noqa: S606 (a list of our own words, no shell)
 
 
 def _failed(progress: Progress | None, problems: tuple[Problem, ...], code: int) -> int:

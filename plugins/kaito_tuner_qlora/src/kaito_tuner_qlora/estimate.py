@@ -213,6 +213,8 @@ def _time(
     notes = []
     if layout.dtype == "float16":
         notes.append("this GPU has no bfloat16: float16 is used, and loss scaling with it")
+    if tokens is None:
+        return None, tuple(notes)
     if offer.gpu is not None and layout.device == "cuda":
         peak = peak_flops(offer.gpu)
         if peak is None:
@@ -220,9 +222,7 @@ def _time(
         speed = peak * layout.processes * (MFU if training["packing"] else MFU_UNPACKED)
     else:
         speed = offer.cpus * CPU_FLOPS
-        notes.append("a rough estimate: CPUs differ several times over")
-    if tokens is None:
-        return None, tuple(notes)
+        notes.append("the time is a rough estimate: CPUs differ several times over")
     # Forward and the gradients of the activations, 2 each; the frozen weights have none; once more forward to recompute.
     per_parameter = 6 if training["gradient_checkpointing"] else 4
     return per_parameter * preset.architecture.parameters * tokens / speed, tuple(notes)

@@ -51,8 +51,8 @@ class QloraTuner(Tuner):
         axes = [
             _optimizers(config),
             _ranks(config),
-            _methods(method, config),
             _lengths(config),
+            _methods(method, config),
             _checkpointing(config),
         ]
         choices = list(product(*([None, *axis] for axis in axes)))

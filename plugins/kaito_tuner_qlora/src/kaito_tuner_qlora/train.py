@@ -23,7 +23,9 @@ from transformers import TrainingArguments, set_seed
 from kaito_core.problems import Failure, UserError
 from kaito_core.progress import Progress
 from kaito_core.workloads.job import Folders, TuningJob, digest_of
-from kaito_tuner_qlora import artifact, batches, checkpoints, config as configs, model as models, sections  # noqa: I001
+from kaito_tuner_qlora import artifact, batches, checkpoints, sections
+from kaito_tuner_qlora import config as configs
+from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Examples
 from kaito_tuner_qlora.trainer import BEST, Follow, PackedTrainer, duration
 

@@ -25,7 +25,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from kaito_core.problems import Failure
 from kaito_core.progress import Progress
-from kaito_tuner_qlora import checkpoints, model as models  # noqa: I001
+from kaito_tuner_qlora import checkpoints
+from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Example, batch, batches
 
 BEST, WRITING_BEST = "best", "best-being-written"
@@ -36,11 +37,13 @@ EVENT_EVERY = 1.0
 class PackedTrainer(Trainer):
     """Trains an adapter on rows of packed examples.
 
-    ``budget`` is the tokens of one forward pass at first; ``checkpoint_seconds`` the longest time between checkpoints."""
+    ``rows`` are indices of ``examples``; ``budget`` is the tokens of one forward pass at first."""
+
+    model: Any
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         args: TrainingArguments,
         examples: Sequence[Example],
         rows: list[list[int]],
@@ -52,8 +55,8 @@ class PackedTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=rows,  # type: ignore[arg-type]
-            eval_dataset=held_out or None,  # type: ignore[arg-type]
+            train_dataset=rows,
+            eval_dataset=held_out or None,
             data_collator=lambda rows: {"rows": rows},
             callbacks=callbacks,
         )
@@ -65,9 +68,7 @@ class PackedTrainer(Trainer):
 
     # --- one step ---
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of one optimizer step, in as few pieces as memory allows; gives the mean loss of a trained token."""
         model.train()
         step = [self.examples[i] for row in inputs["rows"] for i in row]
@@ -154,7 +155,7 @@ class PackedTrainer(Trainer):
     def _remember_best(self) -> None:
         folder = Path(str(self.args.output_dir))
         try:
-            self.model.save_pretrained(folder / WRITING_BEST, save_embedding_layers=False)  # type: ignore[operator]
+            self.model.save_pretrained(folder / WRITING_BEST, save_embedding_layers=False)
             checkpoints.publish(folder / WRITING_BEST, folder / BEST)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(folder / BEST, ignore_errors=True)  # an older one would pass for the best
@@ -167,7 +168,7 @@ class PackedTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing or str(self.args.output_dir)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is whole or not there. A full disk costs this checkpoint and not the training."""
         folder = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
@@ -195,12 +196,12 @@ class PackedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: no pickled arguments beside it."""
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)  # type: ignore[operator]
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: torch.nn.Module, examples: Sequence[Example], budget: int, device: torch.device, accelerator: Any = None
+    model: Any, examples: Sequence[Example], budget: int, device: torch.device, accelerator: Any = None
 ) -> float:
     """The mean loss, in nats, of a trained token of ``examples``; over all processes when there are several."""
     model.eval()
@@ -270,7 +271,8 @@ class Follow(TrainerCallback):
         return control
 
     def _numbers(self, state: TrainerState, args: TrainingArguments) -> dict[str, Any]:
-        assert self.trainer is not None and self._recent is not None
+        assert self.trainer is not None
+        assert self._recent is not None
         return {
             "step": state.global_step,
             "steps": state.max_steps,
@@ -294,7 +296,7 @@ class Follow(TrainerCallback):
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> None:  # noqa: E501
+    ) -> None:
         if not logs or "loss" not in logs or self.trainer is None:
             return
         state.log_history[-1].update(tokens_per_second=round(self.speed), memory=models.memory_peak(args.device))

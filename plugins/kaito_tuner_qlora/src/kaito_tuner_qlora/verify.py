@@ -19,7 +19,9 @@ from kaito_core.artifacts.model_card import CardFacts, Sample, model_card
 from kaito_core.problems import Failure
 from kaito_core.progress import Progress
 from kaito_core.workloads.job import Folders, TuningJob
-from kaito_tuner_qlora import artifact, batches, config as configs, model as models  # noqa: I001
+from kaito_tuner_qlora import artifact, batches
+from kaito_tuner_qlora import config as configs
+from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Example
 from kaito_tuner_qlora.trainer import held_out_loss
 
@@ -81,7 +83,7 @@ def verify(job: TuningJob, folders: Folders, progress: Progress) -> None:
                   stops=result["stops"], warnings=warnings)  # fmt: skip
 
 
-def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
+def load_adapter(base: Any, folder: Path) -> Any:
     """The adapter of a folder on ``base``. Raises `Failure` when it is not whole, not for this base, or empty."""
     remedy = "run the `train` stage again"
     try:
@@ -113,13 +115,13 @@ def load_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
 
 
 def answers(
-    model: PeftModel, examples: Sequence[Example], weights: Path, stops: list[int], context: int
+    model: Any, examples: Sequence[Example], weights: Path, stops: list[int], context: int
 ) -> list[dict[str, Any]]:
     """What the model says to up to five prompts, without and with the adapter, greedily, and what the data says."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
-    lm = model.get_base_model()
+    lm: Any = model.get_base_model()
     ours = lm.config._attn_implementation
     lm.set_attn_implementation("sdpa" if not ours.startswith("flash") else ours)
     found: list[dict[str, Any]] = []
@@ -152,7 +154,7 @@ def cut(example: Example) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def _generate(model: PeftModel, prompt: list[int], stops: list[int], room: int) -> tuple[list[int], bool]:
+def _generate(model: Any, prompt: list[int], stops: list[int], room: int) -> tuple[list[int], bool]:
     """The answer, and whether a stop token ended it."""
     ids = torch.tensor([prompt], device=model.get_base_model().get_input_embeddings().weight.device)
     generation = transformers.GenerationConfig(
