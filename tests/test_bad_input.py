@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -142,3 +145,21 @@ def test_a_full_disk_is_one_clear_message(kaito: Kaito, tmp_path: Path) -> None:
     assert answer.returncode == 1
     assert "Traceback" not in answer.stderr
     assert str(tmp_path / "home") in answer.stderr
+
+
+def test_data_from_a_private_address_is_refused_unless_allowed(kaito: Kaito, tmp_path: Path) -> None:
+    path = workspace(tmp_path)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "rows.jsonl").write_text('{"messages": 3}\n', encoding="utf-8")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace("data.jsonl", url), encoding="utf-8")
+        refused = kaito("run", "--local", "--yes", path)
+        allowed = kaito("run", "--local", "--yes", path, KAITO_ALLOW_PRIVATE_ADDRESSES="1")
+        server.shutdown()
+    assert refused.returncode == 2
+    assert "KAITO_ALLOW_PRIVATE_ADDRESSES" in refused.stderr
+    assert allowed.returncode == 2
+    assert "rows.jsonl: error: row 1" in allowed.stderr

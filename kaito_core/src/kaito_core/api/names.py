@@ -101,7 +101,7 @@ def _host_trouble(host: str, public_only: bool) -> tuple[str, str]:
         return "is not a URL: it names no host", "write https://host/path"
     if public_only and _inside(host):
         return (f"the host {host} is inside a network: a cluster must not be made to read its own inner addresses",
-                "use a public URL, a volume or an image")  # fmt: skip
+                "use a public URL, a volume or an image; KAITO_ALLOW_PRIVATE_ADDRESSES=1 allows it")  # fmt: skip
     return "", ""
 
 

@@ -108,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 141
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
-        click.echo(f"error: {where}{e.strerror or e}\n    mend that and run the same command again; nothing is lost", err=True)
+        click.echo(
+            f"error: {where}{e.strerror or e}\n    mend that and run the same command again; nothing is lost", err=True
+        )
         code = 1
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

@@ -58,9 +58,7 @@ def _full(folder: RunFolder, state: RunState) -> None:
 
 
 def _detail(result: dict[str, Any]) -> str:
-    shown = {
-        k: v
-        for k, v in result.items()
-        if isinstance(v, int | float | str) and k not in ("message", "remedy", "exit_code")
-    }
-    return "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in shown.items())
+    """The figures of a stage and what it pushed; paths are all below the folder that is shown."""
+    told = {k: v for k, v in result.items() if isinstance(v, int | float) or k in ("image", "digest")}
+    told.pop("exit_code", None)
+    return "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in told.items())

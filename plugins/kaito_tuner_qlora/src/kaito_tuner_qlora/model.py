@@ -165,7 +165,7 @@ def return_freed_memory() -> None:
     It would keep blocks of up to 32 MB for reuse, which activations of changing sizes fragment: the peak of a training on the
     CPU doubles. The price is a few per cent of time for fresh pages. Without glibc nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(MALLOPT_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL("libc.so.6").mallopt(MALLOPT_MMAP_THRESHOLD, int(os.environ.get("QT", 1 << 20)))
 
 
 def quiet() -> None:
