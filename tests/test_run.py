@@ -72,7 +72,7 @@ def test_kill_9_in_mid_training_then_the_same_command_ends_the_same(
 
     again = kaito("run", "--local", "--yes", cut)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "resum" in again.stdout
+    assert "going on from checkpoint-" in again.stdout
     before, after = metrics(tmp_path / "home", "straight"), metrics(tmp_path / "home", "cut")
     assert after["eval_loss_after"] == pytest.approx(before["eval_loss_after"], abs=1e-4)
 

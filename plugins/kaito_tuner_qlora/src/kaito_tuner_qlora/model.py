@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 from kaito_core.problems import Failure, UserError
 from kaito_tuner_qlora import attention, loss, sections
 from kaito_tuner_qlora.batches import Batch, Example, batch
+from kaito_tuner_qlora.lora import fuse
 
 MALLOPT_MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of glibc's malloc.h."""
@@ -100,9 +101,11 @@ def add_adapter(model: Any, config: sections.LoraConfig, base_name: str, seed: i
     try:
         lora = LoraConfig(task_type="CAUSAL_LM", **config.model_dump())
         model.name_or_path = base_name
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except (TypeError, ValueError) as e:
         raise UserError(f"peft refuses the adapter: {_first_line(e)}", "change LoraConfig", field="LoraConfig") from e
+    fuse(adapted)
+    return adapted
 
 
 def hidden_states(model: Any, b: Batch) -> torch.Tensor:
