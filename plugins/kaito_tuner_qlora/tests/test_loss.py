@@ -67,7 +67,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch
     hidden = torch.randn(1, 100, 16, requires_grad=True)
     expected = torch.nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=loss.IGNORED, reduction="sum")
     (expected_grad,) = torch.autograd.grad(expected / 7, hidden)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 20 * 50 * 4)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 20 * 50 * 4})
     ours = loss.summed_cross_entropy(hidden, head, labels)
     (grad,) = torch.autograd.grad(ours / 7, hidden)
     torch.testing.assert_close(ours, expected)
@@ -127,3 +127,35 @@ def test_batches_keep_order_and_budget(data: list[Example]) -> None:
     groups = list(batches.batches(data, 200))
     assert [id(e) for g in groups for e in g] == [id(e) for e in data]
     assert all(len(g) == 1 or sum(len(e.input_ids) for e in g) <= 200 for g in groups)
+
+
+def test_the_fused_adapter_computes_what_peft_computes(make_job: Any, weights: Path, data: list[Example]) -> None:
+    """Loss and every gradient are those of peft's own layers, quantised or not, and with the adapter switched off."""
+    for method in ("qlora", "lora"):
+        job = make_job(method)
+        settings = config.read(job.config)
+        fused = models.add_adapter(
+            models.load_base(weights, settings, torch.device("cpu"), "float32"), settings.lora, "x", 1
+        )
+        layers = [m for m in fused.modules() if "forward" in vars(m) and hasattr(m, "lora_A")]
+        assert len(layers) == 8
+        torch.manual_seed(0)
+        for name, p in fused.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+        found = []
+        for _ in range(2):
+            fused.zero_grad()
+            total = models.batch_loss(fused, batches.batch(data[:4]))
+            total.backward()
+            with fused.disable_adapter(), torch.no_grad():
+                bare = float(models.batch_loss(fused, batches.batch(data[:4])))
+            grads = {n: p.grad.clone() for n, p in fused.named_parameters() if p.requires_grad}
+            found.append((float(total.detach()), bare, grads))
+            for layer in layers:
+                vars(layer).pop("forward", None)  # peft's own from here on
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+        assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+        assert found[0][0] != pytest.approx(found[0][1], rel=1e-3)
+        for name, grad in found[0][2].items():
+            torch.testing.assert_close(grad, found[1][2][name], rtol=1e-3, atol=1e-4)

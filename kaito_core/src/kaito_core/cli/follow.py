@@ -96,7 +96,7 @@ def result(folder: RunFolder, state: RunState) -> None:
     if isinstance(before, int | float) and isinstance(after, int | float):
         click.echo(f"  held-out loss  {before:.4f} before, {after:.4f} after")
     for sample in verified.get("samples", [])[:3]:
-        click.echo(f"  asked          {_line(sample.get('prompt'))}")
+        click.echo(f"  asked          {_line(sample.get('question'))}")
         click.echo(f"    before       {_line(sample.get('before'))}")
         click.echo(f"    after        {click.style(_line(sample.get('after')), fg='green')}")
     for label, key in (

@@ -39,7 +39,11 @@ CPU_PROCESS = 700 * MIB
 SLACK = 0.05
 """The allocator's rounding and fragmentation, of everything that changes while training."""
 
-LOSS_CHUNK = 64 * MIB
+KEPT = 256 * MIB
+"""A forward pass keeps its activations when they take no more than this, and computes them again in the backward pass when
+they would take more. Recomputing costs a third more time; for a small model it would save next to nothing."""
+
+LOSS_CHUNK = {"cpu": 16 * MIB, "cuda": 64 * MIB}
 """fp32 logits that the loss holds at once (`kaito_tuner_qlora.loss.CHUNK_BYTES`, which imports torch)."""
 
 MFU = 0.35
@@ -99,7 +103,7 @@ def memory(preset: Preset, config: Mapping[str, Any], layout: Configuration) -> 
         adapter += a.layers * sum(a.linears[t][1] for t in lora["target_modules"])
     optim, state = _optimizer(training["optim"], layout.device)
     largest = max(i * o for i, o in a.linears.values())
-    head_rows = min(tokens, max(16, LOSS_CHUNK // (4 * a.vocab)))
+    head_rows = min(tokens, max(16, LOSS_CHUNK[layout.device] // (4 * a.vocab)))
     items = [
         MemoryItem("base", round(a.linear_parameters * per_weight), f"{a.linear_parameters:,} weights × {precision}"),
         MemoryItem("embeddings", a.other_parameters * d, f"{a.other_parameters:,} weights × {d} B, not quantised"),
@@ -148,15 +152,29 @@ def _optimizer(optim: str, device: str) -> tuple[str, int]:
     return optim, moments * (1 if "8bit" in optim or "4bit" in optim else 4)
 
 
+def _layer_bytes(preset: Preset, d: int) -> int:
+    """What one layer keeps of one token for its backward pass with a fused attention kernel, at ``d`` bytes a value.
+
+    In 16 bit: about 20 h + 4 qkv + 12 I bytes."""
+    a = preset.architecture
+    return round((20 * a.hidden + 4 * (a.heads + 2 * a.kv_heads) * a.head_dim + 12 * a.intermediate) * d / 2)
+
+
+def kept_tokens(preset: Preset, dtype: str) -> int:
+    """How many tokens a forward pass may have for its activations to be kept (at most `KEPT` bytes) and not recomputed."""
+    return KEPT // (preset.architecture.layers * _layer_bytes(preset, BYTES[dtype]))
+
+
 def _activations(preset: Preset, training: Mapping[str, Any], tokens: int, d: int) -> MemoryItem:
     a = preset.architecture
-    attention = (a.heads + 2 * a.kv_heads) * a.head_dim
-    # What one layer keeps for its backward pass with a fused attention kernel, in 16 bit: about 20 h + 4 qkv + 12 I bytes.
-    layer = round(tokens * (20 * a.hidden + 4 * attention + 12 * a.intermediate) * d / 2)
+    layer = tokens * _layer_bytes(preset, d)
     if not training["gradient_checkpointing"]:
         return MemoryItem("activations", a.layers * layer, f"{a.layers} layers × T × (20 h + 4 qkv + 12 I) × {d} / 2 B")
-    kept = a.layers * tokens * a.hidden * d
-    return MemoryItem("activations", kept + layer, f"{a.layers} layer inputs × T × h × {d} B + one layer live")
+    recomputed = a.layers * tokens * a.hidden * d + layer
+    kept = min(KEPT, a.layers * layer)
+    if recomputed >= kept:
+        return MemoryItem("activations", recomputed, f"{a.layers} layer inputs × T × h × {d} B + one layer live")
+    return MemoryItem("activations", kept, f"kept up to {KEPT // MIB} MiB, recomputed beyond")
 
 
 def fit(preset: Preset, config: Mapping[str, Any], offer: Offer, data: DataFacts | None) -> TuningFit:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """Memory of one chunk's fp32 logits. Larger is no faster on the CPU; a GPU is busy with a few hundred rows."""
 
 IGNORED = -100
@@ -24,7 +24,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
-        rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = max(16, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         want_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if want_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)

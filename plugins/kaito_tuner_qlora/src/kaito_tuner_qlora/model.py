@@ -7,7 +7,6 @@ Only what is trained, the adapter, is fp32 here. Code from a model repository is
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import warnings
@@ -26,14 +25,16 @@ from kaito_tuner_qlora import attention, loss, sections
 from kaito_tuner_qlora.batches import Batch, Example, batch
 from kaito_tuner_qlora.lora import fuse
 
-MALLOPT_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of glibc's malloc.h."""
+try:
+    _libc = ctypes.CDLL("libc.so.6")
+    _libc.malloc_trim  # noqa: B018 (an attribute of glibc only)
+except (OSError, AttributeError):
+    _libc = None
 
 
 def device_of(device: str) -> torch.device:
     """The device of this process: the GPU of its local rank, or the CPU."""
     if device == "cpu":
-        return_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise Failure("the plan wants a GPU and PyTorch sees none",
@@ -127,6 +128,8 @@ def batch_loss(model: Any, b: Batch) -> torch.Tensor:
     """The sum of the loss over the batch's trained tokens, in nats."""
     lm = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = hidden_states(model, b)
+    if hidden.device.type == "cpu":
+        free(hidden.device)
     return loss.summed_cross_entropy(hidden, lm.get_output_embeddings(), b.labels.to(hidden.device))
 
 
@@ -162,13 +165,22 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def return_freed_memory() -> None:
-    """Makes glibc give freed tensors of a megabyte and more back to the system at once.
+def recompute(model: Any, on: bool) -> None:
+    """Whether the next forward pass keeps only the layers' inputs, after `checkpoint_activations` has prepared for it."""
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = on
 
-    It would keep blocks of up to 32 MB for reuse, which activations of changing sizes fragment: the peak of a training on the
-    CPU doubles. The price is a few per cent of time for fresh pages. Without glibc nothing happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(MALLOPT_MMAP_THRESHOLD, int(os.environ.get("QT", 1 << 20)))
+
+def free(device: torch.device) -> None:
+    """Gives memory that is cached and no longer used back: to the GPU, or from glibc to the system.
+
+    glibc keeps freed activations for reuse but often cannot reuse them (aligned blocks, before glibc 2.38), so that the peak
+    of a training on the CPU would be that of two phases together; this costs milliseconds."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif _libc is not None:
+        _libc.malloc_trim(0)
 
 
 def quiet() -> None:
@@ -205,9 +217,3 @@ def out_of_memory(e: BaseException) -> bool:
     return isinstance(e, torch.OutOfMemoryError | MemoryError) or (
         isinstance(e, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
-
-
-def free(device: torch.device) -> None:
-    """Gives memory that is cached and no longer used back to the GPU."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -150,7 +150,9 @@ class TrainingArguments(Section):
         True, description="Learn the answers, not the questions. Plain text without roles is always learned whole."
     )
     gradient_checkpointing: bool = Field(
-        True, description="Keeps one activation per layer and computes the rest again."
+        True,
+        description="Keeps one activation per layer and computes the rest again, where all of them would take more than "
+        "256 MiB. false: never.",
     )
     logging_steps: Often | None = Field(
         None, description="Steps between log lines; below 1 a share. Default: about 50 lines."
@@ -210,7 +212,11 @@ class DatasetConfig(Section):
     messages_column: str | None = Field(
         None, description="Column with a list of {role, content}. Default: found by itself."
     )
-    context_column: str | None = Field(None, description="Column with the question. Default: found by itself.")
+    prompt_column: str | None = Field(None, description="Column with the question. Default: found by itself.")
+    context_column: str | None = Field(
+        None, description="Column with the question (KAITO's name), or beside `prompt_column` with what belongs to it."
+    )
+    system_column: str | None = Field(None, description="Column with the system message. Default: none.")
     response_column: str | None = Field(
         None, description="Column with the answer, or with plain text. Default: found by itself."
     )

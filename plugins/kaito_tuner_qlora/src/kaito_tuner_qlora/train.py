@@ -27,10 +27,14 @@ from kaito_tuner_qlora import artifact, batches, checkpoints, sections
 from kaito_tuner_qlora import config as configs
 from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Examples
+from kaito_tuner_qlora.estimate import kept_tokens
 from kaito_tuner_qlora.trainer import BEST, Follow, PackedTrainer, duration
 
 CHECKPOINT_SECONDS = 600.0
 """Without `save_steps` a checkpoint is written this often: what a lost machine costs at most."""
+
+CPU_PIECE = 256
+"""Tokens of a forward pass beyond which a CPU gets no faster."""
 
 LOG_LINES, EVALUATIONS = 50, 10
 """How many of each a training has when nothing else is asked for."""
@@ -86,6 +90,10 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> None:
         f"{steps} steps; {counts['trained']:,} of {counts['total']:,} parameters are trained"
     )
 
+    budget = job.configuration.micro_batch * job.configuration.sequence
+    keep = kept_tokens(job.preset, job.configuration.dtype) if config.training.gradient_checkpointing else None
+    if device.type == "cpu" and keep is not None and keep >= CPU_PIECE:
+        budget = min(budget, keep)  # a CPU is busy with a few hundred tokens; a GPU wants thousands
     arguments = training_arguments(config.training, job, output, step_rows, steps, bool(held_out))
     follow = Follow(
         progress,
@@ -99,7 +107,8 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> None:
         examples=examples,
         rows=rows,
         held_out=held_out,
-        budget=job.configuration.micro_batch * job.configuration.sequence,
+        budget=budget,
+        keep=keep,
         progress=progress,
         callbacks=[follow],
     )

@@ -37,7 +37,8 @@ EVENT_EVERY = 1.0
 class PackedTrainer(Trainer):
     """Trains an adapter on rows of packed examples.
 
-    ``rows`` are indices of ``examples``; ``budget`` is the tokens of one forward pass at first."""
+    ``rows`` are indices of ``examples``; ``budget`` is the tokens of one forward pass at first;
+    a pass of up to ``keep`` tokens keeps its activations, a longer one computes them again (None: all keep them)."""
 
     model: Any
 
@@ -49,6 +50,7 @@ class PackedTrainer(Trainer):
         rows: list[list[int]],
         held_out: Sequence[Example],
         budget: int,
+        keep: int | None,
         progress: Progress,
         callbacks: list[TrainerCallback],
     ) -> None:
@@ -61,7 +63,7 @@ class PackedTrainer(Trainer):
             callbacks=callbacks,
         )
         self.examples, self.held_out, self.progress = examples, held_out, progress
-        self.budget = budget
+        self.budget, self.keep = budget, keep
         self.step_tokens = 0
         self.step_loss = math.nan
         self._writing: str | None = None
@@ -95,11 +97,15 @@ class PackedTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         try:
             for piece in batches(step, self.budget):
+                if self.keep is not None:
+                    models.recompute(self.model, sum(len(e.input_ids) for e in piece) > self.keep)
                 with self.accelerator.autocast():
                     loss = models.batch_loss(self.model, batch(piece)) / trained
                 if loss.requires_grad:  # not when no token of the piece carries loss and nothing depends on the adapter
                     self._backward(loss)
                 total += loss.detach()
+                if total.device.type == "cpu":
+                    models.free(total.device)
         except (RuntimeError, MemoryError) as e:
             if not models.out_of_memory(e):
                 raise
@@ -116,6 +122,8 @@ class PackedTrainer(Trainer):
                           "lower TrainingArguments.max_length, or use a machine with more memory",
                           field="TrainingArguments.max_length")  # fmt: skip
         self.budget = max(longest, self.budget // 2)
+        if self.keep is not None:
+            self.keep //= 2
         self.progress.message(
             f"out of memory: going on with {self.budget} tokens per forward pass; the result is the same"
         )

@@ -135,7 +135,9 @@ def answers(
             before, stops_before = _generate(model, prompt, stops, room)
         texts = {"prompt": prompt, "before": before, "after": after, "expected": expected}
         decoded = {k: tokenizer.decode(v, skip_special_tokens=k != "prompt").strip() for k, v in texts.items()}
-        found.append({**decoded, "stops_before": stops_before, "stops_after": stops_after})
+        # `prompt` is what the model reads, to the token; `question` is what a person reads.
+        question = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        found.append({"question": question, **decoded, "stops_before": stops_before, "stops_after": stops_after})
     lm.set_attn_implementation(ours)
     return found
 
