@@ -61,7 +61,9 @@ def _type(field: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     made = pages()
-    stale = [n for n, text in made.items() if not (DOCS / n).is_file() or (DOCS / n).read_text(encoding="utf-8") != text]
+    stale = [
+        n for n, text in made.items() if not (DOCS / n).is_file() or (DOCS / n).read_text(encoding="utf-8") != text
+    ]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(stale)}; run `make docs`" if stale else 0)
     DOCS.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,9 @@ def test_bad_data_fails_in_the_check_and_names_file_and_row(case: str, kaito: Ka
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b-instruct", "mistral-7b", "falcon-7b"])
-def test_a_model_that_cannot_be_tuned_is_refused_before_anything_else_happens(name: str, kaito: Kaito, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_tuned_is_refused_before_anything_else_happens(
+    name: str, kaito: Kaito, tmp_path: Path
+) -> None:
     """KAITO's defects 3 and 4: such presets pass its webhook, machines are bought, and its controller then panics."""
     path = workspace(tmp_path)
     path.write_text(path.read_text(encoding="utf-8").replace("demo-phi-3", name), encoding="utf-8")

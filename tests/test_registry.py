@@ -91,7 +91,9 @@ def test_a_registry_that_dies_never_costs_the_training(kaito: Kaito, tmp_path: P
     assert (folder / "results" / "adapter" / "adapter_model.safetensors").is_file()
     trained = (folder / "results" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
 
-    with running_registry(tmp_path / "registry", "tuner", "s3cret", port=int(running.host.rpartition(":")[2])) as running:
+    with running_registry(
+        tmp_path / "registry", "tuner", "s3cret", port=int(running.host.rpartition(":")[2])
+    ) as running:
         (tmp_path / "docker" / "config.json").write_text(
             json.dumps({"auths": {running.host: {"auth": base64.b64encode(b"tuner:s3cret").decode()}}}),
             encoding="utf-8",

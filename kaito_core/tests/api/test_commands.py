@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from click.testing import CliRunner
+
 from kaito_core.api.reference import markdown
 from kaito_core.cli.crd import command as crd
 from kaito_core.cli.validate import command as validate

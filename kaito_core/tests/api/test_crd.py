@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from kaito_core.api import Workspace, check_update, read_workspace
 from kaito_core.api.crd import crd, crd_yaml, workspace_schema
 from kaito_core.problems import errors

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kaito_core.api import Workspace, load_documents, load_text
 from kaito_core.api.yaml_source import parse
 

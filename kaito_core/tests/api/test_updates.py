@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+
 from kaito_core.api import Workspace, check_update
 
 TUNING: dict[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kaito_core.api import PLACEHOLDER, Workspace, load_documents, load_text, read_workspace
 from kaito_core.problems import errors
 

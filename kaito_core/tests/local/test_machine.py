@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kaito_core.local import machine
 from kaito_core.plugins import NodeRequest, Requirements
 

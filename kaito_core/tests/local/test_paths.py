@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from kaito_core.api import load_text
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.problems import UserError

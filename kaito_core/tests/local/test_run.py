@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kaito_core.api import Secret
 from kaito_core.local.run import Stopped, is_done, run
 from kaito_core.local.state import RunFolder

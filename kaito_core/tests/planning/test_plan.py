@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kaito_core.api import Workspace, load_text
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import Catalog, plan

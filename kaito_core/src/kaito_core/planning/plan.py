@@ -304,7 +304,10 @@ def _refusal(
     reasons = "; ".join(f"{c.offer}: {c.rejected}" for c in tried)
     smaller = _smallest_change(preset, tuner, method, config, tried, data)
     larger = _smallest_machine(preset, tuner, method, config, data, tried[0].offer.cloud)
-    remedies = [f"it fits {smaller}" if smaller else "", f"as it stands, the smallest machine is {larger}" if larger else ""]
+    remedies = [
+        f"it fits {smaller}" if smaller else "",
+        f"as it stands, the smallest machine is {larger}" if larger else "",
+    ]
     remedy = "; ".join(r for r in remedies if r) or "no known machine is large enough"
     return Problem(reasons, remedy, field="resource.instanceType")
 

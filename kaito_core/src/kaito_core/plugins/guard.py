@@ -17,4 +17,6 @@ def blamed_on(what: str) -> Iterator[None]:
         raise
     except Exception as e:
         words = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise Failure(f"{what} broke: {words}", "this is a fault of its plugin; `kaito plugins` shows whose it is") from e
+        raise Failure(
+            f"{what} broke: {words}", "this is a fault of its plugin; `kaito plugins` shows whose it is"
+        ) from e

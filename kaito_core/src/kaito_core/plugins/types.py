@@ -4,6 +4,8 @@ Records are plain data that anyone can compare, print and store. Behaviours (`No
 `InferenceRuntime`) are abstract classes with few methods. Everything here is light: it imports the standard library and
 nothing else, so that a plugin's control side loads in milliseconds.
 
+No ``slots``: they would cost every start of the program a hundredth of a second, and save nothing that counts.
+
 Memory is in bytes, time in seconds, money in US dollars, unless a name says otherwise.
 """
 
@@ -42,7 +44,7 @@ def normalised(name: str) -> str:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSource:
     """Where the weights and the tokenizer come from: a hub repository at a pinned revision, or files inside a package."""
 
@@ -62,7 +64,7 @@ class ModelSource:
         return f"{self.hub}@{self.revision[:12]}" if self.hub else f"the package {self.package}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Architecture:
     """The numbers that memory and time are computed from; they agree with the model's ``config.json``."""
 
@@ -98,7 +100,7 @@ class Architecture:
         return self.layers * sum(rank * sum(self.linears[t]) for t in targets)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatFormat:
     """How a conversation becomes text, and where an answer ends."""
 
@@ -109,7 +111,7 @@ class ChatFormat:
     """The tokens that end an answer, the usual one first. Training refuses data in which none of them is ever trained."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Preset:
     """A model that kaito knows: pure data."""
 
@@ -151,7 +153,7 @@ class Preset:
 CapacityType = Literal["on-demand", "spot"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gpu:
     """One kind of GPU."""
 
@@ -167,7 +169,7 @@ class Gpu:
         return self.vendor != "nvidia" or (self.compute_capability or (0, 0)) >= (8, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Price:
     """What an hour costs, who said so and when."""
 
@@ -176,7 +178,7 @@ class Price:
     date: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Offer:
     """A machine that can be had: where, what is in it, and what it costs. An unknown price is None, never 0."""
 
@@ -211,7 +213,7 @@ class Offer:
         return f"{self.instance_type} ({has})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Requirements:
     """What a workspace asks of a machine; empty means anything."""
 
@@ -220,7 +222,7 @@ class Requirements:
     count: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NodeRequest:
     """A wish for machines. ``id`` is deterministic: asking twice with one id buys once."""
 
@@ -230,7 +232,7 @@ class NodeRequest:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NodeStatus:
     """What is known of a request now."""
 
@@ -292,7 +294,7 @@ class NodeProvisioner(ABC):
 # --- tuning and serving -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MemoryItem:
     """One part of an estimate, with the formula that made it, for people to check."""
 
@@ -301,7 +303,7 @@ class MemoryItem:
     formula: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MemoryEstimate:
     """The peak that a job will need on one device: an estimate, and marked so wherever it is shown."""
 
@@ -312,7 +314,7 @@ class MemoryEstimate:
         return sum(i.bytes for i in self.items)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DataFacts:
     """What the data doctor found in the training data."""
 
@@ -332,7 +334,7 @@ class DataFacts:
     """True when the tokens were guessed from the bytes, because no tokenizer was at hand."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Configuration:
     """How a job is laid out on a machine."""
 
@@ -349,7 +351,7 @@ class Configuration:
     """Data-parallel processes, one a GPU."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TuningFit:
     """How a tuning job would run on one machine. It fits when ``memory.total <= capacity``."""
 
@@ -370,7 +372,7 @@ class TuningFit:
         return self.memory.total <= self.capacity
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Change:
     """A change to a configuration that makes the job smaller, in words a person can follow."""
 
@@ -425,7 +427,7 @@ class InferenceRuntime(ABC):
         """None when this runtime can serve the model, else the reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Command:
     """One more ``kaito …`` command. ``load`` returns a click command; it is called when the command is used."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from kaito_core.plugins import Architecture, ChatFormat, ModelSource, Preset, hookimpl
@@ -46,6 +45,8 @@ SMALL_MODEL_TUNING = {
 @hookimpl
 def kaito_presets() -> Iterator[Preset]:
     """The one model of this package."""
+    import json
+
     settings = json.loads((MODEL_DIR / "tokenizer_config.json").read_text(encoding="utf-8"))
     yield Preset(
         name="demo-phi-3",

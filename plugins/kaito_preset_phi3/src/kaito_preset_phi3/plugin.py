@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from kaito_core.plugins import Architecture, ChatFormat, ModelSource, Preset, hookimpl
@@ -15,7 +14,9 @@ KAITO_API_VERSION = "1.0"
 @hookimpl
 def kaito_presets() -> Iterator[Preset]:
     """One preset per table of ``presets.toml``."""
-    folder = files("kaito_preset_phi3")
+    import tomllib  # nobody needs it to list commands
+
+    folder = Path(__file__).parent
     data = tomllib.loads(folder.joinpath("presets.toml").read_text(encoding="utf-8"))
     chats = {
         name: ChatFormat(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kaito_core.plugins import Change, DataFacts, Offer, Preset, Tuner, TuningFit, hookimpl
-from kaito_core.workloads.job import TuningJob
-from kaito_core.workloads.tuning import tuning_workload
-from kaito_core.workloads.workload import Workload
-from kaito_tuner_qlora import estimate
+
+if TYPE_CHECKING:
+    from kaito_core.workloads.job import TuningJob
+    from kaito_core.workloads.workload import Workload
 
 KAITO_API_VERSION = "1.0"
 
@@ -44,6 +44,8 @@ class QloraTuner(Tuner):
     def fit(
         self, preset: Preset, method: str, config: Mapping[str, Any], offer: Offer, data: DataFacts | None
     ) -> TuningFit:
+        from kaito_tuner_qlora import estimate
+
         return estimate.fit(preset, config, offer, data)
 
     def smaller(self, preset: Preset, method: str, config: Mapping[str, Any]) -> Iterable[Change]:
@@ -62,6 +64,8 @@ class QloraTuner(Tuner):
                 yield _changed(method, config, steps)
 
     def workload(self, job: TuningJob) -> Workload:
+        from kaito_core.workloads.tuning import tuning_workload
+
         command = ("python", "-m", "kaito_tuner_qlora")
         return tuning_workload(job, train=(*command, "train"), verify=(*command, "verify"))
 
