@@ -55,6 +55,16 @@ class Progress:
         self.emit("message", text=text)
 
 
+class Silent(Progress):
+    """For every process but the first of a stage that has several: one of them speaks for all."""
+
+    def emit(self, event: str, **fields: Any) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+
 def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Whole events from byte ``offset`` on, each with the offset behind it (to go on from there later)."""
     if not path.exists():

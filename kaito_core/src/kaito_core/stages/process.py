@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,10 +14,19 @@ from typing import Any
 
 from kaito_core import progress
 from kaito_core.problems import Failure, KaitoError, Problem
-from kaito_core.progress import Progress
+from kaito_core.progress import Progress, Silent
 from kaito_core.workloads.job import Folders, TuningJob
 
-Body = Callable[[TuningJob, Folders, Progress], Mapping[str, Any]]
+
+class Interrupted(Exception):
+    """A signal ended the stage. Its work is kept, and nothing has failed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+Body = Callable[[TuningJob, Folders, Progress], Mapping[str, Any] | None]
 
 
 def run_stage(name: str, body: Body) -> int:
@@ -27,7 +37,9 @@ def run_stage(name: str, body: Body) -> int:
     """
     try:
         folders = Folders.from_env()
-        events = Progress(folders.results / progress.FILE_NAME, name)
+        # torchrun numbers the processes of a stage that has several.
+        kind = Progress if os.environ.get("RANK", "0") == "0" else Silent
+        events = kind(folders.results / progress.FILE_NAME, name)
     except KaitoError as e:
         print(e, file=sys.stderr)
         return e.exit_code
@@ -37,10 +49,14 @@ def run_stage(name: str, body: Body) -> int:
     try:
         events.emit("started")
         result = body(TuningJob.load(), folders, events)
-        events.emit("finished", **result)
+        events.emit("finished", **(result or {}))
         return 0
     except KaitoError as e:
         return _failed(events, e)
+    except Interrupted as e:
+        return e.exit_code
+    except KeyboardInterrupt:
+        return Interrupted(signal.SIGINT).exit_code
     except OSError as e:
         traceback.print_exc()
         return _failed(events, _of_the_system(e))

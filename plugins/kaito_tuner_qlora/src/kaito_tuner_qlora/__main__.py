@@ -1,31 +1,19 @@
-"""``python -m kaito_tuner_qlora train|verify``: one stage of a tuning workload, in a process of its own.
-
-What can be foreseen ends with one line about the cause, one about the remedy, a `failed` event and exit code 2 (the user can
-mend it) or 1; a traceback in the log is a bug of ours, or a broken machine.
-"""
+"""``python -m kaito_tuner_qlora train|verify``: one stage of a tuning workload, in a process of its own."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-import traceback
+from collections.abc import Mapping
 from typing import Any
 
-from kaito_core.problems import Failure, KaitoError, Problem, UserError
-from kaito_core.progress import FILE_NAME, Progress
+from kaito_core.problems import KaitoError, UserError
+from kaito_core.progress import Progress
+from kaito_core.stages.process import run_stage
 from kaito_core.workloads.job import Folders, TuningJob
 
 STAGES = ("train", "verify")
-
-
-class Silent(Progress):
-    """What every process but the first one says (KAITO defect 12: there all of them write)."""
-
-    def emit(self, event: str, **fields: Any) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
 
 
 def main(arguments: list[str]) -> int:
@@ -33,79 +21,37 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m kaito_tuner_qlora {'|'.join(STAGES)}", file=sys.stderr)
         return 2
     stage = arguments[0]
-    progress: Progress | None = None
+    if stage == "train" and "RANK" not in os.environ and (count := _processes()) > 1:
+        _become_several(stage, count)
+
+    def body(job: TuningJob, folders: Folders, events: Progress) -> Mapping[str, Any] | None:
+        # Everything was fetched; nothing that a library wants to look up is worth waiting for.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            module = importlib.import_module(f"kaito_tuner_qlora.{stage}")
+        except ImportError as e:
+            raise UserError(
+                f"the training libraries are not installed: {e}", "pip install 'kaito-tuner-qlora[train]'"
+            ) from e
+        result: Mapping[str, Any] | None = getattr(module, stage)(job, folders, events)
+        return result
+
+    return run_stage(stage, body)
+
+
+def _processes() -> int:
+    """How many processes the job wants; a job that cannot be read is the stage's to tell."""
     try:
-        folders = Folders.from_env()
-        kind = Progress if os.environ.get("RANK", "0") == "0" else Silent
-        progress = kind(folders.results / FILE_NAME, stage)
-        job = TuningJob.load()
-        if stage == "train" and job.configuration.processes > 1 and "RANK" not in os.environ:
-            _several_processes(stage, job.configuration.processes)
-        progress.emit("started")
-        return _run(stage, job, folders, progress)
-    except KaitoError as e:
-        for problem in e.problems:
-            print(problem, file=sys.stderr, flush=True)
-        return _failed(progress, e.problems, e.exit_code)
-    except KeyboardInterrupt:
-        return _failed(progress, (Problem("interrupted", "the same command goes on from the newest checkpoint"),), 130)
-    except Exception as e:
-        traceback.print_exc()
-        text = f"the {stage} stage failed unexpectedly: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-        print(text, file=sys.stderr, flush=True)
-        return _failed(progress, (Problem(text, "the traceback is in the log of the stage; please report it"),), 1)
+        return TuningJob.load().configuration.processes
+    except KaitoError:
+        return 1
 
 
-def _run(stage: str, job: TuningJob, folders: Folders, progress: Progress) -> int:
-    os.environ["HF_HUB_OFFLINE"] = (
-        "1"  # everything was fetched; nothing that a library wants to look up is worth waiting for
-    )
-    try:
-        import bitsandbytes  # noqa: F401
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as e:
-        raise UserError(
-            f"the training libraries are not installed: {e}", "pip install 'kaito-tuner-qlora[train]'"
-        ) from e
-    from kaito_tuner_qlora.train import Interrupted, train
-
-    try:
-        if stage == "train":
-            train(job, folders, progress)
-        else:
-            from kaito_tuner_qlora.verify import verify
-
-            verify(job, folders, progress)
-    except Interrupted as e:
-        return e.exit_code
-    except OSError as e:
-        raise Failure(
-            f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", "check the disk and the folders of the job"
-        ) from e
-    return 0
-
-
-def _several_processes(stage: str, count: int) -> None:
+def _become_several(stage: str, count: int) -> None:
     """Becomes torchrun, which starts this command once per GPU."""
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        "-m",
-        "kaito_tuner_qlora",
-        stage,
-    ]
-    os.execv(sys.executable, [sys.executable, *command])  # noqa: S606 (a list of our own words, no shell)
-
-
-def _failed(progress: Progress | None, problems: tuple[Problem, ...], code: int) -> int:
-    if progress is not None:
-        message = "; ".join(f"{p.field}: {p.message}" if p.field else p.message for p in problems)
-        progress.emit("failed", message=message, remedy=problems[0].remedy, exit_code=code)
-    return code
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
+    # A list of our own words, no shell.
+    os.execv(sys.executable, [sys.executable, *launch, "-m", "kaito_tuner_qlora", stage])  # noqa: S606
 
 
 if __name__ == "__main__":

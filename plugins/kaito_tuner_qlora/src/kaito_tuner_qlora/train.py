@@ -22,6 +22,7 @@ from transformers import TrainingArguments, set_seed
 
 from kaito_core.problems import Failure, UserError
 from kaito_core.progress import Progress
+from kaito_core.stages.process import Interrupted
 from kaito_core.workloads.job import Folders, TuningJob, digest_of
 from kaito_tuner_qlora import artifact, batches, checkpoints, sections
 from kaito_tuner_qlora import config as configs
@@ -40,16 +41,8 @@ LOG_LINES, EVALUATIONS = 50, 10
 """How many of each a training has when nothing else is asked for."""
 
 
-class Interrupted(Exception):
-    """A signal ended the training after a checkpoint had been written."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = 128 + number
-
-
-def train(job: TuningJob, folders: Folders, progress: Progress) -> None:
-    """Trains as ``job`` says and writes ``adapter/``, ``metrics.json`` and ``report.html``.
+def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any]:
+    """Trains as ``job`` says and writes ``adapter/``, ``metrics.json`` and ``report.html``; what the stage found out.
 
     Raises `UserError`, `Failure` or, after SIGTERM and SIGINT, `Interrupted`."""
     config = configs.read(job.config)
@@ -131,7 +124,7 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> None:
         trainer.evaluate()
     trainer.accelerator.wait_for_everyone()
     if not arguments.should_save:
-        return
+        return {}
     metrics = summarise(trainer, follow, job, examples, held_out, rows, counts, loaded)
     best = choose(trainer, config.training, output, metrics)
     artifact.write(peft_model if best is None else best, job, folders, metrics)
@@ -141,7 +134,7 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> None:
         shutil.rmtree(output, ignore_errors=True)
     progress.message(f"trained {trainer.state.global_step} steps in {duration(metrics['seconds'])}, "
                      f"{metrics['tokens_per_second']:,} tokens/s, at most {metrics['memory'] / 2**30:.1f} GiB")  # fmt: skip
-    progress.emit("finished", adapter=str(folders.results / "adapter"), metrics=metrics["summary"])
+    return {"adapter": str(folders.results / "adapter"), "metrics": metrics["summary"]}
 
 
 def read_data(folders: Folders, sequence: int) -> tuple[Examples, Examples]:

@@ -32,8 +32,8 @@ SUBSTITUTES = 50
 """Training examples that are measured when nothing was held out."""
 
 
-def verify(job: TuningJob, folders: Folders, progress: Progress) -> None:
-    """Measures the adapter and writes ``verify.json``, the model card and the rest of ``report.html``.
+def verify(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any]:
+    """Measures the adapter and writes ``verify.json``, the model card and the rest of ``report.html``; what was found out.
 
     `Failure` when the adapter does not load, does not fit the base or has learned nothing at all; an adapter that makes the
     held-out loss worse is a loud warning, for its owner to judge."""
@@ -79,8 +79,8 @@ def verify(job: TuningJob, folders: Folders, progress: Progress) -> None:
         print(line, flush=True)
     for warning in warnings:
         progress.message(f"WARNING: {warning}")
-    progress.emit("finished", adapter=str(adapter), eval_loss_before=round(before, 5), eval_loss_after=round(after, 5),
-                  stops=result["stops"], warnings=warnings)  # fmt: skip
+    losses = {"eval_loss_before": round(before, 5), "eval_loss_after": round(after, 5)}
+    return {"adapter": str(adapter), **losses, "stops": result["stops"], "warnings": warnings}
 
 
 def load_adapter(base: Any, folder: Path) -> Any:
