@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from kaito_core.plugins import manager
+from kaito_core.plugins.discovery import entry_points
 from kaito_core.plugins.manager import PluginManager, PluginStatus, _load, load_plugins
 from kaito_core.problems import Problem, UserError
 from kaito_core.workloads.workload import Workload
@@ -53,11 +54,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delenv("KAITO_PLUGINS", raising=False)
 
-    def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
-        found = importlib.metadata.distributions(path=[str(folder)])
-        return [e for d in found for e in d.entry_points if e.group == group]
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(manager, "entry_points", lambda group, path: entry_points(group, [str(folder)]))
     before = set(sys.modules)
     _load.cache_clear()
     yield folder

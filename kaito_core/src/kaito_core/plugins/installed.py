@@ -8,7 +8,6 @@ this plugin's state.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 import pluggy
 
 from kaito_core.plugins import hookspecs
+from kaito_core.plugins.discovery import EntryPoint
 from kaito_core.plugins.types import API_VERSION, Command, InferenceRuntime, NodeProvisioner, Preset, Tuner, normalised
 from kaito_core.problems import Problem, UserError
 
@@ -80,7 +80,7 @@ class _Fault(Exception):
 class Installed:
     """An entry point, and how far it got."""
 
-    entry_point: importlib.metadata.EntryPoint
+    entry_point: EntryPoint
     distribution: str
     version: str
     state: State = "disabled"

@@ -10,12 +10,12 @@ Nobody else touches hooks: the rest of kaito asks the `PluginManager` for typed 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kaito_core.plugins.discovery import entry_points
 from kaito_core.plugins.installed import (
     COMMANDS,
     KINDS,
@@ -64,11 +64,7 @@ def load_plugins(
 @functools.cache
 def _load(chosen: tuple[str, ...] | None, path: tuple[str, ...]) -> PluginManager:
     """``path`` is part of the key because it decides what is installed."""
-    plugins = []
-    for entry_point in importlib.metadata.entry_points(group=GROUP):
-        distribution = entry_point.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
-        plugins.append(Installed(entry_point, name, version))
+    plugins = [Installed(e, e.distribution, e.version) for e in entry_points(GROUP, path)]
     plugins.sort(key=lambda p: (canonical(p.distribution) != CORE, p.name, canonical(p.distribution)))
     wanted = None if chosen is None else {canonical(c) for c in chosen}
     for plugin in plugins:
