@@ -42,6 +42,8 @@ def _data(job: TuningJob, folders: Folders, events: Progress) -> list[Path]:
         from kaito_core.oci_reference import Reference
 
         reference = Reference.parse(job.data.image)
+        # What an earlier version of the workspace fetched would be trained on as well.
+        shutil.rmtree(folders.data, ignore_errors=True)
         pull(reference, folders.data, credentials_for(reference))
         return [p for p in sorted(folders.data.rglob("*")) if p.is_file()]
     fetched = fetch(
