@@ -132,7 +132,7 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
     artifact.write_report(job, folders)
     if config.training.save_strategy == "no":
         shutil.rmtree(output, ignore_errors=True)
-    progress.message(f"trained {trainer.state.global_step} steps in {duration(metrics['seconds'])}, "
+    progress.message(f"trained {follow.steps} steps in {duration(metrics['seconds'])}, "
                      f"{metrics['tokens_per_second']:,} tokens/s, at most {metrics['memory'] / 2**30:.1f} GiB")  # fmt: skip
     return {"adapter": str(folders.results / "adapter"), "metrics": metrics["summary"]}
 

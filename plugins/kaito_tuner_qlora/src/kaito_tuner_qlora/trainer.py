@@ -248,7 +248,7 @@ class Follow(TrainerCallback):
         self.checkpoint_seconds, self.patience = checkpoint_seconds, patience
         self.trainer: PackedTrainer | None = None
         self.signal: int | None = None
-        self.tokens = 0
+        self.steps = self.tokens = 0
         self.seconds = 0.0
         self._begun = self._saved = time.monotonic()
         self._told = 0.0
@@ -266,6 +266,7 @@ class Follow(TrainerCallback):
         now = time.monotonic()
         seconds = now - self._begun
         self.seconds += seconds
+        self.steps += 1
         self.tokens += self.trainer.step_tokens
         self._recent = seconds if self._recent is None else 0.9 * self._recent + 0.1 * seconds
         if self.checkpoint_seconds is not None and now - self._saved >= self.checkpoint_seconds:
