@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,78 +11,10 @@ from hypothesis import strategies as st
 from kaito_core.api import Workspace, load_text
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import Catalog, plan
-from kaito_core.plugins import (
-    Architecture,
-    Change,
-    ChatFormat,
-    Configuration,
-    DataFacts,
-    MemoryEstimate,
-    MemoryItem,
-    ModelSource,
-    Offer,
-    Preset,
-    Tuner,
-    TuningFit,
-)
+from kaito_core.plugins import Offer, TuningFit
 from kaito_core.problems import Failure, UserError
+from kaito_core.testing.planning import GIB, OneOfEach, Sized
 from kaito_core.workloads.job import TuningJob
-from kaito_core.workloads.tuning import tuning_workload
-from kaito_core.workloads.workload import Workload
-
-GIB = 1 << 30
-
-PRESET = Preset(
-    name="tiny",
-    source=ModelSource(hub="me/tiny", revision="abc"),
-    licence="mit",
-    architecture=Architecture("LlamaForCausalLM", 1000, 1, 8, 16, 1, 1, 8, 64, 128, linears={"q_proj": (8, 8)}),
-    chat=ChatFormat("{{ messages }}", ("<|end|>",)),
-    lora_targets=("q_proj",),
-)
-
-
-class Sized(Tuner):
-    """Needs as many GiB as its configuration says, and can be halved down to one."""
-
-    name: ClassVar[str] = "sized"
-    methods: ClassVar[tuple[str, ...]] = ("qlora",)
-
-    def resolve(self, preset: Preset, method: str, user: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        config = {"gib": 8, **(user or {})}
-        if "bad" in config:
-            raise UserError("there is no such setting", field="training_config.bad")
-        return config
-
-    def fit(
-        self, preset: Preset, method: str, config: Mapping[str, Any], offer: Offer, data: DataFacts | None
-    ) -> TuningFit:
-        memory = MemoryEstimate((MemoryItem("base", config["gib"] * GIB),))
-        return TuningFit(Configuration("cpu", "float32", 1, 1, 64), memory, offer.device_memory)
-
-    def smaller(self, preset: Preset, method: str, config: Mapping[str, Any]) -> Iterable[Change]:
-        gib = config["gib"]
-        while gib > 1:
-            gib //= 2
-            yield Change(f"gib {gib} instead of {config['gib']}", method, {**config, "gib": gib})
-
-    def workload(self, job: TuningJob) -> Workload:
-        return tuning_workload(job, train=("train",), verify=("verify",))
-
-    def schema(self) -> Mapping[str, Any]:
-        return {}
-
-
-class OneOfEach:
-    def preset(self, name: str) -> Preset:
-        if name != PRESET.name:
-            raise UserError(f"unknown preset {name}", field="tuning.preset.name")
-        return PRESET
-
-    def tuner(self, method: str) -> Tuner:
-        if method != "qlora":
-            raise UserError(f"unknown method {method}", field="tuning.method")
-        return Sized()
 
 
 def offer(name: str = "this machine", gib: float = 16, **fields: Any) -> Offer:

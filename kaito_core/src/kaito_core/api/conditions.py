@@ -12,6 +12,8 @@ from pydantic import Field
 from kaito_core.api.base import Observed
 
 # Condition types
+ACCEPTED: Final = "Accepted"
+"""Not in KAITO: whether the Workspace can be run at all; when False, its reason says why not."""
 NODE_CLAIM_READY: Final = "NodeClaimReady"
 NODES_READY: Final = "NodesReady"
 RESOURCE_READY: Final = "ResourceReady"
@@ -24,6 +26,16 @@ WORKSPACE_DELETING: Final = "WorkspaceDeleting"
 WORKSPACE_SUCCEEDED: Final = "WorkspaceSucceeded"
 
 REASONS: Final[dict[str, tuple[str, ...]]] = {
+    ACCEPTED: (
+        "Planned",
+        "InvalidWorkspace",
+        "PlanRefused",
+        "DoesNotFit",
+        "NoNode",
+        "PolicyRefused",
+        "ConfigMapMissing",
+        "SecretMissing",
+    ),
     NODE_CLAIM_READY: ("NodeClaimsReady", "NodeClaimNotReady"),
     NODES_READY: ("NodesReady", "NodeNotReady", "NodePluginsNotReady"),
     RESOURCE_READY: ("workspaceResourceStatusSuccess", "workspaceResourceStatusNotReady", "ModelMirrorNotReady"),

@@ -137,10 +137,21 @@ def _at(schema: dict[str, Any], path: str) -> dict[str, Any]:
 # --- columns and rules
 
 
-def _columns() -> list[dict[str, str]]:
+def _columns() -> list[dict[str, Any]]:
     def condition(kind: str) -> str:
         return f'.status.conditions[?(@.type=="{kind}")].status'
 
+    # With priority 1 a column is shown by `kubectl get -o wide` only.
+    wide = {
+        "Stage": ("string", ".status.progress.stage"),
+        "Step": ("integer", ".status.progress.step"),
+        "Of": ("integer", ".status.progress.steps"),
+        "Loss": ("number", ".status.progress.loss"),
+        "Tokens/s": ("number", ".status.progress.tokensPerSecond"),
+        "Seconds-Left": ("number", ".status.progress.secondsLeft"),
+        "Cost": ("number", ".status.progress.costSoFar"),
+        "Image": ("string", ".status.adapter.image"),
+    }
     columns = {
         "Instance": ("string", ".resource.instanceType"),
         "ResourceReady": ("string", condition("ResourceReady")),
@@ -150,7 +161,8 @@ def _columns() -> list[dict[str, str]]:
         "State": ("string", ".status.state"),
         "Age": ("date", ".metadata.creationTimestamp"),
     }
-    return [{"name": name, "type": kind, "jsonPath": path} for name, (kind, path) in columns.items()]
+    shown = [{"name": name, "type": kind, "jsonPath": path} for name, (kind, path) in columns.items()]
+    return [*shown, *({"name": n, "type": k, "jsonPath": p, "priority": 1} for n, (k, p) in wide.items())]
 
 
 def _same(field: str) -> str:

@@ -40,12 +40,24 @@ class ProgressStatus(Observed):
     cost_so_far: float | None = Field(None, description="What the machines have cost so far, in US dollars (estimate).")
 
 
+class AdapterStatus(Observed):
+    """What a tuning made."""
+
+    image: str = Field("", description="Where the adapter was pushed.")
+    digest: str = Field("", description="The digest of its manifest.")
+    eval_loss_before: float | None = Field(None, description="Loss on held-out data without the adapter.")
+    eval_loss_after: float | None = Field(None, description="Loss on held-out data with it.")
+
+
 class Attempt(Observed):
     """One try to get machines and run the job on them."""
 
+    revision: int | None = Field(None, description="The revision of the Workspace that it was for.")
+    provisioner: str = Field("", description="The node provisioner that was asked.")
     instance_type: str = Field("", description="The machine that was tried.")
     region: str = Field("", description="Where.")
     capacity_type: str = Field("", description="`on-demand` or `spot`.")
+    price_per_hour: float | None = Field(None, description="What the machine costs, in US dollars an hour, if known.")
     started: str = Field("", description="When it began (RFC 3339).", json_schema_extra={"format": "date-time"})
     ended: str = Field("", description="When it ended (RFC 3339).", json_schema_extra={"format": "date-time"})
     reason: str = Field("", description="How it ended, as one word for programs.")
@@ -70,6 +82,14 @@ class WorkspaceStatus(Observed):
     )
     progress: ProgressStatus | None = Field(
         None, description="How far a tuning is.", json_schema_extra={"note": "not in KAITO"}
+    )
+    adapter: AdapterStatus | None = Field(
+        None, description="What a tuning made.", json_schema_extra={"note": "not in KAITO"}
+    )
+    finished_revision: str = Field(
+        "",
+        description="The revision whose tuning has ended, well or not: it is not run again.",
+        json_schema_extra={"note": "not in KAITO"},
     )
     attempts: tuple[Attempt, ...] = Field(
         (),

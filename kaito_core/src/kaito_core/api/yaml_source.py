@@ -291,6 +291,9 @@ class _Reader:
             words = ", ".join(str(w) for w in (error.context, error.problem) if w)
             remedy = self._remedy(error, self.text.split("\n")[mark.line : mark.line + 1] if mark else [])
             at = self._mark(mark) if mark else (self.first_line, self.first_column)
+            if "nesting depth" in words:  # PyYAML's own limit (since 6.0.4), which looks further ahead than ours
+                self._problem(f"is nested more than {MAX_DEPTH} deep", "no resource is; check the brackets", at)
+                return
             written = self.text.rstrip()
             if mark and mark.line > written.count("\n"):  # the end of the text is where its last word is
                 at = self.first_line + written.count("\n"), len(written) - written.rfind("\n")

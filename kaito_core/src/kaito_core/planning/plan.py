@@ -9,7 +9,7 @@ configuration with errors) is a `UserError` with every problem at once; what it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kaito_core.planning import catalogue
@@ -88,6 +88,10 @@ class Plan:
         """The machine that the job would run on."""
         usable = [c for c in self.candidates if not c.rejected]
         return usable[0] if usable else None
+
+    def on(self, candidate: Candidate) -> Plan:
+        """The same plan on this machine: what is left when better ones could not be had."""
+        return replace(self, candidates=(candidate, *(c for c in self.candidates if c is not candidate)))
 
     @property
     def job(self) -> TuningJob:

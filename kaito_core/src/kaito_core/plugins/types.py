@@ -15,11 +15,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from kaito_core.problems import Problem
 
 if TYPE_CHECKING:
+    from kaito_core.kube.kinds import Kind
     from kaito_core.workloads.workload import Workload
 
 API_VERSION = "1.0"
@@ -239,6 +240,8 @@ class NodeStatus:
     id: str
     phase: Literal["absent", "pending", "ready", "releasing", "failed"]
     nodes: tuple[str, ...] = ()
+    selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that these nodes, and any that take their place, have and no others: what a pod's node affinity asks for."""
     message: str = ""
     failure: ProvisioningError | None = None
 
@@ -267,12 +270,33 @@ class Transient(ProvisioningError):
     """It may work in a moment: tried again with back-off."""
 
 
+class Cluster(Protocol):
+    """The cluster that a provisioner works for. Nodes are read from the host's cache; everything is a plain dict."""
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Mapping[str, Any] | None:
+        """One object; None when there is none."""
+
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None
+    ) -> Iterable[Mapping[str, Any]]:
+        """The objects with these labels."""
+
+    def apply(self, kind: Kind, obj: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Server-side apply: make it so, whether it was there or not."""
+
+    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
+        """Ask for its deletion; nothing happens when it is not there."""
+
+
 class NodeProvisioner(ABC):
     """Knows which GPU machines exist, gets them and gives them back.
 
     All methods are idempotent and none waits: they start or look, and the reconciler comes back."""
 
     name: ClassVar[str]
+
+    def attach(self, cluster: Cluster) -> None:  # noqa: B027 – only those that need a cluster say so
+        """Called once, before anything else, by a host that works on a cluster. Does no I/O."""
 
     @abstractmethod
     def offers(self, requirements: Requirements) -> Iterable[Offer]:
