@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test test-fast lint docs bench clean
+.PHONY: help setup quickstart test test-fast lint docs manifests bench clean
 
 help:
 	@echo "make quickstart   set up, then tune a small model for real on this machine (minutes, CPU, no account)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-fast    the same without those that train a model"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make docs         write the generated pages of docs/reference again"
+	@echo "make manifests    write again what the chart and 'kaito install' generate (needs helm)"
 	@echo "make bench        measure what the documentation claims"
 
 setup:
@@ -33,6 +34,9 @@ lint: setup
 
 docs: setup
 	$(BIN)/python scripts/reference_docs.py
+
+manifests: setup
+	$(BIN)/python scripts/manifests.py
 
 bench: setup
 	$(BIN)/python benchmarks/cli.py

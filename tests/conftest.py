@@ -19,11 +19,12 @@ Kaito = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """The environment of a user who has never run kaito, nor logged in to any registry."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("KAITO_", "HF_", "DOCKER_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("KAITO_", "HF_", "DOCKER_", "KUBERNETES_"))}
     (tmp_path / "docker").mkdir()
     # One thread: on a busy machine two wait for each other at every small matrix, and a test takes ten times as long.
     own = {"KAITO_HOME": str(tmp_path / "home"), "DOCKER_CONFIG": str(tmp_path / "docker"), "OMP_NUM_THREADS": "1"}
-    return {**kept, **own, "COLUMNS": "200"}
+    # Whoever runs the tests may have a cluster of their own.
+    return {**kept, **own, "KUBECONFIG": str(tmp_path / "no-kubeconfig"), "COLUMNS": "200"}
 
 
 @pytest.fixture

@@ -22,11 +22,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "progress.jsonl"
+
+RELAYED = "KAITO_RELAYED"
+"""Set in the environment of a stage whose events somebody relays to the log: it need not print its messages as well."""
 
 
 class Progress:
@@ -51,7 +54,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """One plain line, to the log as well as to the file."""
-        print(text, flush=True)
+        if not os.environ.get(RELAYED):
+            print(text, flush=True)
         self.emit("message", text=text)
 
 
@@ -81,3 +85,42 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             if isinstance(event, dict) and "event" in event:
                 yield offset, event
+
+
+# --- events in a container's log, where whoever is not in the container can read them
+
+_PREFIX = "[kaito "
+_LINE_ENDS = "\x85\u2028\u2029"
+"""What JSON leaves as it is and some readers take for the end of a line."""
+
+
+def strict_json(value: Any) -> str:
+    """JSON as everybody reads it, not only Python: a loss that is no number (NaN) is null there."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), ensure_ascii=False)
+
+
+def log_line(event: Mapping[str, Any]) -> str:
+    """An event as a line for a container's log: a message as people read it, everything else as JSON, behind
+    ``[kaito STAGE]``. A message of several lines stays several, each with that prefix."""
+    prefix = f"{_PREFIX}{event['stage']}] "
+    if event["event"] == "message":
+        lines = str(event.get("text", "")).splitlines() or [""]
+        if not any(line.startswith("{") for line in lines):
+            return "\n".join(prefix + line for line in lines)
+    return prefix + "".join(f"\\u{ord(c):04x}" if c in _LINE_ENDS else c for c in strict_json(event))
+
+
+def parse_log_line(line: str) -> dict[str, Any] | None:
+    """The event that a line of a container's log stands for; None when it is something that a program printed."""
+    head, separator, rest = line.partition("] ")
+    if not head.startswith(_PREFIX) or not separator:
+        return None
+    stage = head[len(_PREFIX) :]
+    if rest.startswith("{"):
+        try:
+            event = json.loads(rest)
+        except (ValueError, RecursionError):
+            event = None
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            return {**event, "stage": stage}
+    return {"event": "message", "stage": stage, "text": rest}

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,59 +67,13 @@ def test_both_versions_are_served_with_one_schema_and_the_columns_of_the_quick_s
 # --- on a real API server
 
 
-@pytest.fixture(scope="module")
-def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    assets = os.environ.get("KUBEBUILDER_ASSETS", "")
-    tools = {name: shutil.which(name, path=assets) for name in ("etcd", "kube-apiserver", "kubectl")} if assets else {}
-    if not tools or not all(tools.values()) or not shutil.which("openssl"):
-        pytest.skip("needs KUBEBUILDER_ASSETS (a folder with etcd, kube-apiserver and kubectl) and openssl")
-    folder = tmp_path_factory.mktemp("apiserver")
-    port, etcd, peer = (_free_port() for _ in range(3))
-    subprocess.run(["openssl", "genrsa", "-out", folder / "sa.key", "2048"], check=True, capture_output=True)
-    (folder / "tokens").write_text("admin,admin,admin,system:masters\n")
-    address = f"http://127.0.0.1:{etcd}"
-    commands = [
-        [tools["etcd"], f"--data-dir={folder}/etcd", f"--listen-client-urls={address}",
-         f"--advertise-client-urls={address}", f"--listen-peer-urls=http://127.0.0.1:{peer}", "--unsafe-no-fsync"],
-        [tools["kube-apiserver"], f"--etcd-servers={address}", f"--secure-port={port}", f"--cert-dir={folder}",
-         f"--token-auth-file={folder}/tokens", "--authorization-mode=RBAC", "--service-account-issuer=https://test",
-         f"--service-account-key-file={folder}/sa.key", f"--service-account-signing-key-file={folder}/sa.key",
-         "--disable-admission-plugins=ServiceAccount"],
-    ]  # fmt: skip
-    started = []
-
+@pytest.fixture
+def kubectl(workspaces: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        head = [tools["kubectl"], f"--server=https://127.0.0.1:{port}", "--token=admin", "--insecure-skip-tls-verify"]
-        return subprocess.run(
-            [*map(str, head), *arguments], input=stdin, capture_output=True, text=True, check=False,
-            env={"HOME": str(folder), "KUBECONFIG": os.devnull},
-        )  # fmt: skip
+        head = [workspaces.programs / "kubectl", "--kubeconfig", workspaces.kubeconfig]
+        return subprocess.run([*map(str, head), *arguments], input=stdin, capture_output=True, text=True, check=False)
 
-    try:
-        for i, command in enumerate(commands):
-            log = (folder / f"{i}.log").open("wb")
-            started.append(subprocess.Popen([str(c) for c in command], stdout=log, stderr=log))
-        _until(lambda: run("get", "--raw", "/readyz").returncode == 0, folder / "1.log")
-        assert run("apply", "-f", "-", stdin=crd_yaml()).returncode == 0
-        _until(lambda: run("get", "workspaces").returncode == 0, folder / "1.log")
-        yield run
-    finally:
-        for process in reversed(started):
-            process.kill()
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _until(done: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.3)
+    return run
 
 
 def merged(base: Any, patch: Any) -> Any:

@@ -42,3 +42,9 @@ class DataDestination(Resource):
         ),
         json_schema_extra={"note": "required with `image`"},
     )
+
+
+class Checkpoints(Resource):
+    """Where checkpoints outlive the pod that wrote them."""
+
+    volume_source: Volume = Field(description="A Kubernetes volume that is still there when the pod's node is gone.")

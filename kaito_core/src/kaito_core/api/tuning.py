@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from kaito_core.api.base import Name, Resource
 from kaito_core.api.inference import PresetSpec
-from kaito_core.api.source import DataDestination, DataSource
+from kaito_core.api.source import Checkpoints, DataDestination, DataSource
 
 Method = Annotated[str, Field(max_length=63), AfterValidator(lambda method: method.strip().lower())]
 """A tuning method in lower case, so that ``QLoRA`` and ``qlora`` are one. Which ones exist is up to the tuners."""
@@ -32,3 +32,8 @@ class TuningSpec(Resource):
         description="The training data.", json_schema_extra={"note": "`name` cannot be changed once set"}
     )
     output: DataDestination = Field(description="Where the adapter goes.")
+    checkpoints: Checkpoints | None = Field(
+        None,
+        description="In a cluster: where checkpoints outlive the pod, so that a new one goes on. Without effect on this machine.",
+        json_schema_extra={"note": "not in KAITO"},
+    )

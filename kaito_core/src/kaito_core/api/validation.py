@@ -188,6 +188,8 @@ def _tuning(tuning: TuningSpec, workspace: Workspace, public_only: bool) -> Iter
     yield from _object_name(tuning.config, "tuning.config", "ConfigMap")
     yield from _source(tuning.input, "tuning.input", public_only)
     yield from _destination(tuning.output)
+    if tuning.checkpoints is not None:
+        yield from _volume(tuning.checkpoints.volume_source, "tuning.checkpoints.volumeSource")
 
 
 def _inference(inference: InferenceSpec, workspace: Workspace) -> Iterator[Problem]:

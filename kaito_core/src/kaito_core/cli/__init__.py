@@ -22,10 +22,15 @@ COMMANDS = {
     "plan": "Show what a run would do, whether it fits, and on what.",
     "validate": "Check workspace files; print every problem with its line.",
     "data": "Look at training data before anything is spent on it.",
-    "status": "Show the runs on this machine.",
+    "status": "Show the runs on this machine, and the Workspaces of the cluster.",
     "logs": "Show what a run printed.",
+    "delete": "Delete a Workspace and give its machines back, or remove a run of this machine.",
     "push": "Push a finished adapter, or finish a push that failed.",
     "plugins": "List the plugins that were found, and what is wrong with broken ones.",
+    "install": "Install or upgrade the controller in a cluster, without Helm.",
+    "uninstall": "Remove the controller from a cluster; Workspaces stay unless you say otherwise.",
+    "doctor": "Say what a cluster lacks to run Workspaces.",
+    "controller": "Reconcile the Workspaces of a cluster.",
     "crd": "Print the CustomResourceDefinition of Workspace.",
 }
 """Built-in commands and their one-line help: what ``--help`` shows without importing them."""

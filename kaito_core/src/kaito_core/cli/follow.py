@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -40,19 +41,21 @@ class Follower:
     def on_event(self, event: dict[str, Any]) -> None:
         kind, stage = event["event"], event["stage"]
         if kind == "started":
-            self._say(click.style(f"{stage}", bold=True))
+            self.say(click.style(f"{stage}", bold=True))
         elif kind == "skipped":
-            self._say(f"{click.style(stage, bold=True)} done before")
+            self.say(f"{click.style(stage, bold=True)} done before")
         elif kind == "message":
-            self._say("\n".join("  " + line for line in str(event["text"]).splitlines()))
+            self.say("\n".join("  " + line for line in str(event["text"]).splitlines()))
         elif kind == "step":
             self._step(event)
         elif kind == "eval":
-            self._say(f"  step {event.get('step')}: held-out loss {event['loss']:.4f}")
+            self.say(f"  step {event.get('step')}: held-out loss {_figure(event.get('loss'))}")
         elif kind in ("finished", "failed"):
             self.close()
 
     def _step(self, event: dict[str, Any]) -> None:
+        if not all(isinstance(event.get(k), int | float) for k in ("step", "steps", "loss")):
+            return  # a tuner of a newer version, in a pod
         text = f"loss {event['loss']:.4f}  {event.get('tokens_per_second', 0):,.0f} tokens/s"
         if self.live:
             self._move(event, text)
@@ -78,7 +81,8 @@ class Follower:
             self._task, completed=event["step"], step=step, text=text, left=duration(event.get("seconds_left"))
         )
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line, above the bar where there is one."""
         if self._bar is not None:
             # Rich keeps the bar below what is printed; its own markup must not read the data's brackets.
             self._bar.console.print(text, markup=False, highlight=False)
@@ -90,15 +94,27 @@ def result(folder: RunFolder, state: RunState) -> None:
     """What a finished run made, and what to type next."""
     pushed = state.stages["push"].result if "push" in state.stages else {}
     verified = _json(folder, "verify.json")
-    click.echo()
-    click.echo(click.style(f"{state.name} succeeded", fg="green", bold=True))
-    before, after = verified.get("eval_loss_before"), verified.get("eval_loss_after")
-    if isinstance(before, int | float) and isinstance(after, int | float):
-        click.echo(f"  held-out loss  {before:.4f} before, {after:.4f} after")
+    headline(state.name, verified.get("eval_loss_before"), verified.get("eval_loss_after"))
     for sample in verified.get("samples", [])[:3]:
         click.echo(f"  asked          {_line(sample.get('question'))}")
         click.echo(f"    before       {_line(sample.get('before'))}")
         click.echo(f"    after        {click.style(_line(sample.get('after')), fg='green')}")
+    made(pushed)
+    click.echo(f"  report         {folder.results / 'report.html'}")
+    if "image" not in pushed:
+        click.echo(f"  next           kaito push {folder.path.name} --to REGISTRY/NAME:TAG")
+
+
+def headline(name: str, before: object, after: object) -> None:
+    """That it succeeded, and the loss on held-out rows without and with the adapter."""
+    click.echo()
+    click.echo(click.style(f"{name} succeeded", fg="green", bold=True))
+    if isinstance(before, int | float) and isinstance(after, int | float):
+        click.echo(f"  held-out loss  {before:.4f} before, {after:.4f} after")
+
+
+def made(pushed: Mapping[str, Any]) -> None:
+    """Where the adapter is."""
     for label, key in (
         ("adapter", "adapter"),
         ("OCI layout", "layout"),
@@ -108,9 +124,10 @@ def result(folder: RunFolder, state: RunState) -> None:
     ):
         if pushed.get(key):
             click.echo(f"  {label:14} {pushed[key]}")
-    click.echo(f"  report         {folder.results / 'report.html'}")
-    if "image" not in pushed:
-        click.echo(f"  next           kaito push {folder.path.name} --to REGISTRY/NAME:TAG")
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "unknown"
 
 
 def _line(text: object) -> str:

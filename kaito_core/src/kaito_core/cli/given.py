@@ -20,6 +20,7 @@ from kaito_core.problems import KaitoError, Problem, UserError
 
 if TYPE_CHECKING:
     from kaito_core.api import Document, Documents, Secret, Workspace
+    from kaito_core.kube.client import Client
     from kaito_core.plugins.manager import PluginManager
 
 AT_HAND = 64 << 20
@@ -59,14 +60,15 @@ class Given:
         return self.document.locate(problem)
 
 
-def read(files: Sequence[str], *, placeholders_allowed: bool = False) -> list[Given]:
+def read(files: Sequence[str], *, placeholders_allowed: bool = False, namespace: str = "") -> list[Given]:
     """The workspaces in the files. UserError with every problem of every file; warnings are printed.
 
     With ``placeholders_allowed`` the unfilled blanks of an example are only warned about: enough is known for a plan.
+    ``namespace`` is where documents belong that say nothing of it.
     """
     from kaito_core.api import PLACEHOLDER, Workspace, load_documents
 
-    documents = load_documents(files, allow_private=private_addresses_allowed())
+    documents = _placed(load_documents(files, allow_private=private_addresses_allowed()), namespace)
     fatal = []
     for problem in documents.problems:
         if problem.severity == "error" and not (placeholders_allowed and problem.kind == PLACEHOLDER):
@@ -83,17 +85,42 @@ def read(files: Sequence[str], *, placeholders_allowed: bool = False) -> list[Gi
     return found
 
 
-def plan_of(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
-    """The plan of one workspace; with ``local`` only this machine is considered.
+def _placed(documents: Documents, namespace: str) -> Documents:
+    """The same, with this namespace in what names none."""
+    if not namespace:
+        return documents
+
+    def placed(document: Document) -> Document:
+        resource = document.resource
+        if resource is None or document.source.value["metadata"].get("namespace"):
+            return document
+        if isinstance(resource, ConfigMap | Secret):
+            return replace(document, resource=replace(resource, namespace=namespace))
+        metadata = resource.metadata.model_copy(update={"namespace": namespace})
+        return replace(document, resource=resource.model_copy(update={"metadata": metadata}))
+
+    from kaito_core.api import ConfigMap, Secret
+
+    return replace(documents, documents=tuple(placed(d) for d in documents.documents))
+
+
+def plan_of(given: Given, plugins: PluginManager, *, local: bool, cluster: Client | None = None) -> Plan:
+    """The plan of one workspace; with ``local`` only this machine is considered, with ``cluster`` what can be had there.
 
     Raises `UserError` with every problem and its place in the file."""
     try:
-        return _plan_of(given, plugins, local=local)
+        planned = _for_cluster(given, plugins, cluster) if cluster else _from_here(given, plugins, local=local)
+        rules = plugins.validate(planned.workspace, planned)
+        if any(p.severity == "error" for p in rules):
+            raise UserError(rules)
     except UserError as e:
         raise UserError([given.locate(p) for p in e.problems]) from e
+    for problem in rules:
+        click.echo(str(problem), err=True)
+    return planned
 
 
-def _plan_of(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
+def _from_here(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
     workspace = anchored(given.workspace, given.base)
     catalog = Catalog(
         registry=plugins,
@@ -103,12 +130,30 @@ def _plan_of(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
     )
     first = plan(workspace, catalog)
     facts = _facts(first)
-    planned = plan(workspace, replace(catalog, data=facts)) if facts else first
-    rules = plugins.validate(workspace, planned)
-    if any(p.severity == "error" for p in rules):
-        raise UserError(rules)
-    for problem in rules:
-        click.echo(str(problem), err=True)
+    return plan(workspace, replace(catalog, data=facts)) if facts else first
+
+
+def _for_cluster(given: Given, plugins: PluginManager, cluster: Client) -> Plan:
+    """As the cluster's controller will plan it once the documents beside the workspace have been applied."""
+    from kaito_core.controller.planner import Planner, _not_in_a_cluster, cluster_offers, cluster_provisioners
+    from kaito_core.controller.workspaces import ClusterView
+    from kaito_core.kube.kinds import CONFIG_MAPS
+
+    workspace = given.workspace
+    only_here = _not_in_a_cluster(workspace)
+    if only_here:
+        raise UserError(only_here)
+    provisioners = cluster_provisioners(plugins)
+    for provisioner in provisioners.values():
+        provisioner.attach(ClusterView(cluster, {}))
+    config_maps = given.config_maps
+    named = workspace.tuning.config if workspace.tuning else ""
+    if named and named not in config_maps and (there := cluster.get(CONFIG_MAPS, named, workspace.namespace)):
+        config_maps[named] = there.get("data") or {}
+    planned = plan(workspace, Catalog(plugins, cluster_offers(workspace, provisioners), config_maps))
+    if planned.refusal and all(c.offer.retired for c in planned.candidates):
+        why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
+        return replace(planned, refusal=why)
     return planned
 
 

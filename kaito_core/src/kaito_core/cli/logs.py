@@ -1,4 +1,4 @@
-"""``kaito logs NAME``: what the stages of a run printed."""
+"""``kaito logs NAME``: what the stages of a run printed, on this machine or in a cluster."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 
 import click
 
+from kaito_core.cli.named import Remote, Where, named, where_options
 from kaito_core.local.state import RunFolder
 
 
@@ -14,8 +15,20 @@ from kaito_core.local.state import RunFolder
 @click.argument("name")
 @click.option("--stage", help="Only this stage: fetch, check, train, verify or push.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as long as the run does.")
-def command(name: str, stage: str | None, follow: bool) -> None:
-    folder = RunFolder.existing(name)
+@where_options
+def command(
+    name: str, stage: str | None, follow: bool, local: bool, context: str, kubeconfig: str, namespace: str
+) -> None:
+    found = named(name, Where(local, context, kubeconfig, namespace))
+    if isinstance(found, Remote):
+        from kaito_core.cli.cluster.logs import show_logs
+
+        show_logs(found.client, found.workspace, stage=stage or "", follow=follow)
+    else:
+        _here(found, name, stage, follow)
+
+
+def _here(folder: RunFolder, name: str, stage: str | None, follow: bool) -> None:
     state = folder.read()
     stages = [stage] if stage else (state.order if state else [])
     if stage and state and stage not in state.order:

@@ -8,25 +8,32 @@ import click
 
 from kaito_core.cli.given import plan_of, read
 from kaito_core.cli.show import show
+from kaito_core.cli.target import cluster_options, connected, target_of, way_out
 from kaito_core.planning.plan import Plan
 from kaito_core.problems import Problem, UserError
 
 
 @click.command("plan", help="Show what a run of FILE would do, whether it fits, and on what. '-' reads standard input.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--local", is_flag=True, help="Only consider this machine.")
+@cluster_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(files: tuple[str, ...], local: bool, as_json: bool) -> int:
+def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, as_json: bool) -> int:
     from kaito_core.plugins.manager import load_plugins
 
+    target = target_of(local, context, kubeconfig)
+    cluster = connected(target) if target.in_cluster else None
+    given_ones = read(files, placeholders_allowed=True, namespace=cluster.namespace if cluster else "")
+    if not as_json:
+        click.echo(f"target: {target}\n")
     plugins = load_plugins()
     plans: list[Plan] = []
     problems: list[Problem] = []
-    for given in read(files, placeholders_allowed=True):
-        try:
-            plans.append(plan_of(given, plugins, local=local))
-        except UserError as e:
-            problems.extend(e.problems)
+    with way_out():
+        for given in given_ones:
+            try:
+                plans.append(plan_of(given, plugins, local=local, cluster=cluster))
+            except UserError as e:
+                problems.extend(e.problems)
     if as_json:
         click.echo(
             json.dumps({"plans": [p.to_json() for p in plans], "problems": [p.to_json() for p in problems]}, indent=2)

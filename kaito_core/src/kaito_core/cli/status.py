@@ -1,38 +1,115 @@
-"""``kaito status [NAME]``: the runs on this machine."""
+"""``kaito status [NAME]``: the runs on this machine, and the Workspaces of the cluster."""
 
 from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from kaito_core.cli.named import Remote, Where, ask_for, cluster, named, warn, where_options
 from kaito_core.local.run import summary
 from kaito_core.local.state import RunFolder, RunState, all_runs
+from kaito_core.problems import KaitoError
+
+if TYPE_CHECKING:
+    from kaito_core.kube.client import Client
+    from kaito_core.kube.kinds import Object
 
 
-@click.command("status", help="Show the runs on this machine, or one of them in full.")
+@click.command("status", help="Show the runs on this machine and in the cluster, or one of them in full.")
 @click.argument("name", required=False)
+@where_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str | None, as_json: bool) -> None:
-    folders = [RunFolder.existing(name)] if name else all_runs()
-    found = [(f, s) for f in folders if (s := f.read()) is not None]
-    if as_json:
-        click.echo(
-            json.dumps([{**summary(s), "phase": _phase(f, s), "folder": str(f.path)} for f, s in found], indent=2)
-        )
-    elif not found:
-        click.echo("no runs on this machine yet; start one with `kaito run workspace.yaml`")
-    elif name:
-        _full(*found[0])
+def command(name: str | None, local: bool, context: str, kubeconfig: str, namespace: str, as_json: bool) -> None:
+    where = Where(local, context, kubeconfig, namespace)
+    if name:
+        found = named(name, where)
+        if isinstance(found, Remote):
+            runs, client, workspaces = [], found.client, [found.workspace]
+        else:
+            runs, client, workspaces = [found], None, []
     else:
-        width = max(len(f.path.name) for f, _ in found)
+        runs = [] if where.must_be_cluster else all_runs()
+        client, workspaces = _workspaces(where)
+    states = [(f, s) for f in runs if (s := f.read()) is not None]
+    if as_json:
+        _json(states, client, workspaces)
+    elif name:
+        _full(states, client, workspaces)
+    else:
+        _tables(states, client, workspaces, where)
+
+
+def _workspaces(where: Where) -> tuple[Client | None, list[Object]]:
+    """The cluster, if there is one that answers, and its Workspaces of one namespace."""
+    try:
+        client = cluster(where)
+        if client is None:
+            return None, []
+        from kaito_core.kube.errors import NotFound
+        from kaito_core.kube.kinds import WORKSPACES
+
+        try:
+            return client, ask_for(
+                client, where, lambda: client.list(WORKSPACES, where.namespace or client.namespace)[0]
+            )
+        except NotFound:
+            return client, []  # it does not know Workspaces
+    except KaitoError as e:
+        if where.must_be_cluster:
+            raise
+        warn(e)
+        return None, []
+
+
+def _json(states: list[tuple[RunFolder, RunState]], client: Client | None, workspaces: list[Object]) -> None:
+    rows = [{**summary(s), "phase": _phase(f, s), "folder": str(f.path)} for f, s in states]
+    if client is not None:
+        from kaito_core.cli.cluster import show
+
+        rows += [show.summary(client, w) for w in workspaces]
+    click.echo(json.dumps(rows, indent=2))
+
+
+def _full(states: list[tuple[RunFolder, RunState]], client: Client | None, workspaces: list[Object]) -> None:
+    for folder, state in states:
+        _run(folder, state)
+    if client is not None:
+        from kaito_core.cli.cluster import show
+
+        for each in workspaces:
+            show.full(client, each)
+
+
+def _tables(
+    states: list[tuple[RunFolder, RunState]], client: Client | None, workspaces: list[Object], where: Where
+) -> None:
+    if states:
+        if client is not None:
+            click.echo("runs on this machine")
+        width = max(len(f.path.name) for f, _ in states)
         click.echo(f"{'NAME':{width}}  {'STATE':9}  {'STAGE':7}  PRESET")
-        for folder, state in found:
+        for folder, state in states:
             click.echo(
                 f"{folder.path.name:{width}}  {_phase(folder, state):9}  {_stage(state):7}  {state.preset} ({state.method})"
             )
+    if client is not None and workspaces:
+        from kaito_core.cli.cluster import show
+
+        if states:
+            click.echo()
+        show.table(client, where.namespace or client.namespace, workspaces)
+    if not states and not workspaces:
+        also = (
+            f", and no Workspace in the namespace {where.namespace or client.namespace} of {client.context}"
+            if client
+            else ""
+        )
+        start = "start one with `kaito run workspace.yaml`"
+        click.echo(f"no Workspace{also.partition('no Workspace')[2]}; {start}" if where.must_be_cluster
+                   else f"no runs on this machine yet{also}; {start}")  # fmt: skip
 
 
 def _phase(folder: RunFolder, state: RunState) -> str:
@@ -43,7 +120,7 @@ def _stage(state: RunState) -> str:
     return next((n for n in state.order if n not in state.stages or state.stages[n].status != "done"), "-")
 
 
-def _full(folder: RunFolder, state: RunState) -> None:
+def _run(folder: RunFolder, state: RunState) -> None:
     click.echo(f"{state.name}: {_phase(folder, state)}, {state.method} of {state.preset}")
     for name in state.order:
         stage = state.stages.get(name)

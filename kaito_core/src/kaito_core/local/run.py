@@ -24,7 +24,8 @@ from kaito_core.local.home import cache_folder
 from kaito_core.local.paths import local_folder
 from kaito_core.local.secrets import environment
 from kaito_core.local.state import RunFolder, RunState, StageState
-from kaito_core.problems import Failure, KaitoError, Problem, UserError
+from kaito_core.problems import Failure, KaitoError, UserError
+from kaito_core.stages.child import argv, failure_of, result_of
 from kaito_core.workloads.job import TuningJob
 from kaito_core.workloads.workload import Stage, Workload
 
@@ -127,9 +128,6 @@ def _run_stage(
     current = StageState(stage.key, "running", time.time())
     state.stages[stage.name] = current
     folder.write(state)
-    program, *arguments = stage.command
-    # -P: the user's folder may hold a file named like one of our imports.
-    command = [sys.executable, "-P", *arguments] if program == "python" else [program, *arguments]
     last: dict[str, Any] = {}
 
     def follow(read_to: int) -> int:
@@ -145,7 +143,7 @@ def _run_stage(
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {stage.name} {stage.key}\n".encode())
         log.flush()
         child = subprocess.Popen(
-            command,
+            argv(stage.command),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -167,7 +165,7 @@ def _run_stage(
                 child.wait(POLL)
         follow(offset)
     current.ended = time.time()
-    current.result = {k: v for k, v in last.items() if k not in ("event", "stage", "time")}
+    current.result = result_of(last)
     if child.returncode == 0 and not (stop.asked and last.get("event") != "finished"):
         current.status = "done"
         folder.write(state)
@@ -182,21 +180,12 @@ def _run_stage(
 
 
 def _failure(folder: RunFolder, stage: Stage, code: int, last: Mapping[str, Any]) -> KaitoError:
-    """The stage's own words; without them, how it ended and the end of its log."""
-    if last.get("event") == "failed":
-        problems = [Problem(**p) for p in last.get("problems", [])] or [
-            Problem(str(last["message"]), str(last.get("remedy", "")))
-        ]
-        return (UserError if last.get("exit_code") == 2 else Failure)(problems)
-    how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    if code == -signal.SIGKILL:
-        how += " (often the system running out of memory)"
     try:
         tail = folder.log(stage.name).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
     except OSError:
         tail = []
     remedy = f"run the same command again to go on; the whole log is {folder.log(stage.name)}"
-    return Failure(Problem("\n".join([f"the stage {stage.name!r} {how}", *("    | " + line for line in tail)]), remedy))
+    return failure_of(stage.name, code, last, tail, remedy)
 
 
 def _die_with_parent() -> None:

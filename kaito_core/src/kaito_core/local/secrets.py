@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kaito_core.problems import UserError
+from kaito_core.stages.registry_secrets import KEY, auths, write_docker_config
 from kaito_core.workloads.workload import Workload
 
 
@@ -28,16 +27,13 @@ def environment(workload: Workload, secrets: Mapping[str, Any], folder: Path) ->
     A Secret that is not in the file is not an error: ``docker login`` and ``HF_TOKEN`` of the user serve instead.
     """
     env: dict[str, str] = {}
-    auths: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for name in workload.registry_secrets:
         if name in secrets:
-            auths.update(_auths(name, secrets[name]))
-    if auths:
+            merged.update(auths(name, secrets[name].data.get(KEY)))
+    if merged:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
-        descriptor = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as f:
-            json.dump({"auths": auths}, f)
+        write_docker_config(folder, merged)
         env["DOCKER_CONFIG"] = str(folder)
     if workload.hub_secret in secrets:
         token = secrets[workload.hub_secret].data.get("HF_TOKEN")
@@ -50,19 +46,3 @@ def environment(workload: Workload, secrets: Mapping[str, Any], folder: Path) ->
         yield env
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _auths(name: str, secret: Secret) -> dict[str, Any]:
-    content = secret.data.get(".dockerconfigjson")
-    if content is None:
-        raise UserError(
-            f"the Secret {name!r} has no key .dockerconfigjson",
-            "make it with `kubectl create secret docker-registry`, type kubernetes.io/dockerconfigjson",
-        )
-    try:
-        auths = json.loads(content)["auths"]
-        if not isinstance(auths, dict):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'.dockerconfigjson of the Secret {name!r} is not JSON of the form {{"auths": …}}') from None
-    return auths

@@ -44,7 +44,7 @@ def run_stage(name: str, body: Body) -> int:
         print(e, file=sys.stderr)
         return e.exit_code
     except OSError as e:
-        print(_of_the_system(e), file=sys.stderr)
+        print(of_the_system(e), file=sys.stderr)
         return 1
     try:
         events.emit("started")
@@ -59,7 +59,7 @@ def run_stage(name: str, body: Body) -> int:
         return Interrupted(signal.SIGINT).exit_code
     except OSError as e:
         traceback.print_exc()
-        return _failed(events, _of_the_system(e))
+        return _failed(events, of_the_system(e))
     except Exception as e:
         traceback.print_exc()
         text = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -75,15 +75,12 @@ def _failed(events: Progress, error: KaitoError) -> int:
     return error.exit_code
 
 
-def _of_the_system(error: OSError) -> Failure:
+def of_the_system(error: OSError) -> Failure:
+    """What the operating system refused, as a failure: a full disk, a folder that may not be written."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure(
-            Problem(f"no space left on the disk{where}", "free some space and run the same command again: it goes on")
-        )
-    return Failure(
-        f"the system says: {error.strerror or error}{where}", "mend that and run the same command again: it goes on"
-    )
+        return Failure(Problem(f"no space left on the disk{where}", "free some space and run it again: it goes on"))
+    return Failure(f"the system says: {error.strerror or error}{where}", "mend that and run it again: it goes on")
 
 
 def cache() -> Path:

@@ -24,7 +24,7 @@ log: {{level: warn}}
 storage:
   filesystem: {{rootdirectory: {storage}}}
   delete: {{enabled: true}}
-http: {{addr: "127.0.0.1:{port}"}}
+http: {{addr: "{listen}:{port}"}}
 auth:
   htpasswd: {{realm: kaito-test, path: {passwords}}}
 """
@@ -68,10 +68,12 @@ def running_registry(
     username: str = "kaito",
     password: str = "secret",  # noqa: S107
     port: int = 0,
+    listen: str = "127.0.0.1",
 ) -> Iterator[Registry]:
     """Run a registry that keeps everything in ``folder`` until the block ends.
 
-    With a ``port`` and a ``folder`` of before it is the same registry again. Raises `RuntimeError` if it does not start.
+    It listens on the address ``listen``; with ``0.0.0.0`` the nodes and pods of a cluster reach it too, under a name of
+    this machine, while ``host`` stays the one on this machine. With a ``port`` and a ``folder`` of before it is the same registry again. Raises `RuntimeError` if it does not start.
     """
     if reason := why_no_registry():
         raise RuntimeError(reason)
@@ -82,7 +84,10 @@ def running_registry(
     config = folder / "config.yml"
     config.write_text(
         _CONFIG.format(
-            storage=json.dumps(str(folder / "storage")), passwords=json.dumps(str(folder / "htpasswd")), port=port
+            storage=json.dumps(str(folder / "storage")),
+            passwords=json.dumps(str(folder / "htpasswd")),
+            listen=listen,
+            port=port,
         ),
         encoding="utf-8",
     )

@@ -1,0 +1,1 @@
+"""What the commands ``run``, ``status``, ``logs`` and ``delete`` do with Workspaces of a cluster."""

@@ -1,0 +1,117 @@
+"""What a Workspace object of a cluster says, in the words that a terminal shows. Pure functions of plain dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from kaito_core.api import conditions
+from kaito_core.kube.kinds import Object
+
+SHOWN: Final = (
+    conditions.ACCEPTED,
+    conditions.NODE_CLAIM_READY,
+    conditions.NODES_READY,
+    conditions.RESOURCE_READY,
+    conditions.JOB_STARTED,
+    conditions.WORKSPACE_DELETING,
+)
+"""The conditions on the way; the last one, ``WorkspaceSucceeded``, repeats them until it is the end."""
+
+_FINAL: Final = frozenset({"workspaceFailed", "BenchmarkFailed"})
+_YES: Final = {"True": "yes", "False": "no"}
+
+
+def is_current(workspace: Object, condition: Mapping[str, Any]) -> bool:
+    """Whether the condition is about what the Workspace asks for now, and not about an earlier state of it."""
+    return bool(condition.get("observedGeneration") == workspace["metadata"].get("generation"))
+
+
+def current_conditions(workspace: Object | None) -> list[Mapping[str, Any]]:
+    """Those that are about the Workspace as it is now."""
+    if workspace is None:
+        return []
+    return [c for c in workspace.get("status", {}).get("conditions", ()) if is_current(workspace, c)]
+
+
+def succeeded(workspace: Object) -> bool | None:
+    """How it ended; None as long as it goes on."""
+    for condition in current_conditions(workspace):
+        if condition["type"] == conditions.WORKSPACE_SUCCEEDED:
+            if condition["status"] == "True":
+                return True
+            return False if condition.get("reason") in _FINAL else None
+    return None
+
+
+def message(workspace: Object, kind: str = conditions.WORKSPACE_SUCCEEDED) -> str:
+    """The words of a condition; empty when it has none."""
+    return next((words(c) for c in current_conditions(workspace) if c["type"] == kind), "")
+
+
+def words(condition: Mapping[str, Any]) -> str:
+    return str(condition.get("message") or condition.get("reason") or "")
+
+
+def attempts(workspace: Object | None) -> list[Mapping[str, Any]]:
+    """The tries to get machines, the oldest first."""
+    return list((workspace or {}).get("status", {}).get("attempts", ()))
+
+
+def holds_machines(workspace: Object) -> bool:
+    """Whether an attempt goes on: its machines have not been given back."""
+    tried = attempts(workspace)
+    return bool(tried) and not tried[-1].get("ended")
+
+
+def news(before: Object | None, now: Object) -> list[str]:
+    """What happened between two looks, a line each."""
+    return list(dict.fromkeys([*_tried(before, now), *_nodes(before, now), *_conditions(before, now)]))
+
+
+def _conditions(before: Object | None, now: Object) -> Iterable[str]:
+    known = {c["type"]: c for c in current_conditions(before)}
+    for condition in current_conditions(now):
+        old = known.get(condition["type"], {})
+        if condition["type"] in SHOWN and any(old.get(k) != condition.get(k) for k in ("status", "reason", "message")):
+            yield condition_line(condition)
+
+
+def condition_line(condition: Mapping[str, Any]) -> str:
+    """``ResourceReady: no – waiting for Standard_NC6s_v3``."""
+    answer = _YES.get(condition["status"], "unknown")
+    # Of what is well the reason says nothing that the name does not.
+    more = condition.get("message", "") if condition["status"] == "True" else words(condition)
+    return f"{condition['type']}: {answer}" + (f" – {more}" if more else "")
+
+
+def _tried(before: Object | None, now: Object) -> Iterable[str]:
+    known = {_which(a): a for a in attempts(before)}
+    for attempt in attempts(now):
+        old = known.get(_which(attempt))
+        if old is None and not attempt.get("ended"):
+            yield f"asking {attempt_words(attempt)}"
+        if attempt.get("ended") and (old is None or not old.get("ended")) and attempt.get("message"):
+            yield f"{attempt_words(attempt)}: {attempt.get('reason', '')}: {attempt['message']}"
+
+
+def _which(attempt: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(
+        attempt.get(k) for k in ("started", "provisioner", "instanceType", "region", "capacityType", "revision")
+    )
+
+
+def attempt_words(attempt: Mapping[str, Any]) -> str:
+    """``karpenter for Standard_NC6s_v3, spot in westeurope, $0.90 an hour``."""
+    price = attempt.get("pricePerHour")
+    kind = attempt.get("capacityType", "")
+    where = " in ".join(p for p in (kind if kind == "spot" else "", attempt.get("region", "")) if p)
+    parts = [attempt.get("instanceType", ""), where, f"${price:.2f} an hour" if price is not None else ""]
+    return f"{attempt.get('provisioner', '')} for {', '.join(p for p in parts if p)}"
+
+
+def _nodes(before: Object | None, now: Object) -> Iterable[str]:
+    known = (before or {}).get("status", {}).get("workerNodes", ())
+    new = [n for n in now.get("status", {}).get("workerNodes", ()) if n not in known]
+    if new:
+        yield f"on {', '.join(new)}"

@@ -1,0 +1,120 @@
+"""Carries a `Decision` out: the thin edge. Everything may be repeated; nothing is done twice."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+from kaito_core.api import labels
+from kaito_core.controller.reconcile.decision import Decision, Ensure, Release
+from kaito_core.kube.errors import AlreadyExists
+from kaito_core.kube.kinds import WORKSPACES, Kind, Object
+from kaito_core.plugins.types import NodeProvisioner, NodeStatus, ProvisioningError, Transient
+from kaito_core.problems import Failure
+
+if TYPE_CHECKING:
+    from kaito_core.controller.seen import Seen
+    from kaito_core.kube.client import Client
+    from kaito_core.kube.events import Recorder
+
+log = logging.getLogger("kaito_core.controller")
+
+
+class Actor:
+    """Writes to one cluster."""
+
+    def __init__(self, client: Client, seen: Seen, recorder: Recorder) -> None:
+        self._client = client
+        self._seen = seen
+        self._recorder = recorder
+
+    def act(self, workspace: Object, decision: Decision) -> Object:
+        """Do it, in the order of the fields; the Workspace as it is afterwards. Raises `ApiError`."""
+        name, namespace = workspace["metadata"]["name"], workspace["metadata"]["namespace"]
+        if decision.finalizer is True:
+            workspace = self._finalizers(workspace, [*workspace["metadata"].get("finalizers", ()), labels.FINALIZER])
+        for kind, obj in decision.create:
+            self._create(kind, obj, workspace)
+        for deletion in decision.delete:
+            how = "Foreground" if deletion.foreground else "Background"
+            self._client.delete(deletion.kind, deletion.name, namespace, propagation=how, uid=deletion.uid)
+            log.info("deleted %s %s", deletion.kind, deletion.name)
+        workspace = self._status(workspace, decision)
+        for note in decision.notes:
+            self._recorder.event(workspace, note.type, note.reason, note.message)
+            log.info("%s: %s", note.reason, note.message, extra={"workspace": name, "namespace": namespace})
+        if decision.finalizer is False:
+            kept = [f for f in workspace["metadata"].get("finalizers", ()) if f != labels.FINALIZER]
+            workspace = self._finalizers(workspace, kept)
+        return workspace
+
+    def _finalizers(self, workspace: Object, finalizers: list[str]) -> Object:
+        metadata = workspace["metadata"]
+        # The list is replaced as a whole: the version makes sure that nobody else's finalizer is lost.
+        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": metadata["resourceVersion"]}}
+        return self._wrote(self._client.patch(WORKSPACES, metadata["name"], metadata["namespace"], patch))
+
+    def _status(self, workspace: Object, decision: Decision) -> Object:
+        old: dict[str, Any] = workspace.get("status") or {}
+        if decision.status is None or decision.status == old:
+            return workspace
+        gone = {k: None for k in old if k not in decision.status}
+        changed = {k: v for k, v in decision.status.items() if old.get(k) != v}
+        metadata = workspace["metadata"]
+        patch = {"status": {**_nulls(old, changed), **gone}}
+        return self._wrote(
+            self._client.patch(WORKSPACES, metadata["name"], metadata["namespace"], patch, subresource="status")
+        )
+
+    def _wrote(self, workspace: Object) -> Object:
+        self._seen.wrote(WORKSPACES, workspace)
+        return workspace
+
+    def _create(self, kind: Kind, obj: Object, workspace: Object) -> None:
+        name, namespace = obj["metadata"]["name"], obj["metadata"]["namespace"]
+        try:
+            made = self._client.create(kind, obj)
+        except AlreadyExists:
+            there = self._client.get(kind, name, namespace)
+            if there is None:
+                raise  # it went away in between: the next try makes it
+            owners = {o.get("uid") for o in there["metadata"].get("ownerReferences", ())}
+            if workspace["metadata"]["uid"] not in owners:
+                raise Failure(
+                    f"there is already a {kind.kind} {namespace}/{name}, and it is not of this Workspace",
+                    "delete it, or give the Workspace another name",
+                ) from None
+            made = there
+        else:
+            log.info("created %s %s", kind, name)
+        self._seen.wrote(kind, made)
+
+
+def _nulls(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A merge patch removes only what it says is null, also inside objects."""
+    patch: dict[str, Any] = {}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            patch[key] = {**_nulls(before, value), **{k: None for k in before if k not in value}}
+        else:
+            patch[key] = value
+    return patch
+
+
+def ask(provisioners: dict[str, NodeProvisioner], question: Ensure | Release) -> NodeStatus:
+    """A provisioner's answer. What it raises becomes a failed answer: one broken plugin fails only what depends on it."""
+    request_id = question.request.id if isinstance(question, Ensure) else question.request_id
+    provisioner = provisioners[question.provisioner]
+    # A release that failed is tried again, whatever it failed for.
+    phase: Literal["failed", "releasing"] = "failed" if isinstance(question, Ensure) else "releasing"
+    try:
+        if isinstance(question, Ensure):
+            return provisioner.ensure(question.request)
+        return provisioner.release(request_id)
+    except ProvisioningError as e:
+        return NodeStatus(request_id, phase, message=str(e), failure=e)
+    except Exception as e:
+        log.exception("the node provisioner %s broke", question.provisioner)
+        message = f"the node provisioner {question.provisioner!r} broke: {type(e).__name__}: {e}"
+        return NodeStatus(request_id, phase, message=message, failure=Transient(message))

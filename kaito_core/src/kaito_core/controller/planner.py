@@ -1,0 +1,191 @@
+"""Planning for a cluster: what a Workspace needs besides itself is looked up, the rest is `kaito_core.planning.plan`.
+
+The same function that ``kaito plan`` calls; here its catalog is what the cluster has."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kaito_core.api import Workspace, read_workspace
+from kaito_core.controller.reconcile.observed import Planned, Refusal
+from kaito_core.kube.errors import Forbidden
+from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, Object
+from kaito_core.planning import catalogue
+from kaito_core.planning.plan import BUILT_IN_CONFIGS, Catalog, Plan, plan, requirements
+from kaito_core.plugins.guard import blamed_on
+from kaito_core.plugins.types import NodeProvisioner, Offer
+from kaito_core.problems import KaitoError, Problem
+
+if TYPE_CHECKING:
+    from kaito_core.kube.client import Client
+    from kaito_core.plugins.manager import PluginManager
+
+LOCAL = "local"
+"""The provisioner that is this machine: no part of a cluster."""
+
+KEPT = 64
+"""Plans that are remembered: as many Workspaces as may wait for machines at once. A plan is made in milliseconds."""
+
+log = logging.getLogger("kaito_core.controller.planner")
+
+
+def cluster_provisioners(plugins: PluginManager) -> dict[str, NodeProvisioner]:
+    """Those that have to do with a cluster, by name."""
+    return {n: p for n, p in plugins.provisioners().items() if n != LOCAL}
+
+
+def cluster_offers(workspace: Workspace, provisioners: Mapping[str, NodeProvisioner]) -> tuple[Offer, ...]:
+    """What can be had for the Workspace in a cluster, machines that are there already first, GPUs before none. An instance type that is
+    named and that nobody offers is in it too, with the reason, so that a plan can say what became of it."""
+    wanted = requirements(workspace)
+    found: list[Offer] = []
+    for provisioner in provisioners.values():
+        with blamed_on(f"the node provisioner {provisioner.name!r}"):
+            found.extend(provisioner.offers(wanted))
+    # A machine without a GPU can do it too, slowly: the last choice. What has no price is there already.
+    found.sort(key=lambda o: (not o.gpus, o.price.per_hour if o.price else 0.0))
+    offered = {o.instance_type.lower() for o in found}
+    for name in wanted.instance_types:
+        if name.lower() not in offered:
+            found.append(_unobtainable(name))
+    return tuple(found)
+
+
+def _unobtainable(name: str) -> Offer:
+    known = catalogue.instance_types().get(name.lower())
+    if known is None:
+        close = catalogue.close_matches(name)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        return Offer(name, 0, 0, retired=f"no node of the cluster is one, and no catalogue knows it{meant}")
+    package = catalogue.provisioner_package(known.cloud)
+    how = f" (pip install {package} into the controller's image)" if package else ""
+    retired = f"; {known.retired}" if known.retired else ""
+    return replace(known, retired=f"no node of the cluster is one, and no installed provisioner gets one{how}{retired}")
+
+
+class Planner:
+    """Plans Workspaces of one cluster, and remembers the plans of those that wait."""
+
+    def __init__(self, client: Client, plugins: PluginManager, provisioners: Mapping[str, NodeProvisioner]) -> None:
+        self._client = client
+        self._plugins = plugins
+        self._provisioners = provisioners
+        self._known: OrderedDict[Any, Planned] = OrderedDict()
+        self._not_allowed: set[str] = set()
+
+    def __call__(self, obj: Object) -> Planned:
+        """The plan of this object, or why there is none. Reads the ConfigMap that it names, and looks for its Secrets."""
+        workspace, problems = read_workspace(obj)
+        problems = [p for p in problems if p.severity == "error"] + _not_in_a_cluster(workspace)
+        if workspace is None or problems:
+            return _refused("InvalidWorkspace", problems)
+        config_maps, version = {}, ""
+        named = workspace.tuning.config if workspace.tuning else ""
+        if named:
+            found = self._client.get(CONFIG_MAPS, named, workspace.namespace)
+            if found is None and named not in BUILT_IN_CONFIGS:
+                return _refused("ConfigMapMissing", [_no_config_map(named, workspace.namespace)])
+            if found is not None:
+                config_maps, version = {named: found.get("data") or {}}, found["metadata"]["resourceVersion"]
+        try:
+            offers = cluster_offers(workspace, self._provisioners)
+        except KaitoError as e:
+            return _refused("NoNode", e.problems)
+        key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), version, offers)
+        planned = self._known.get(key)
+        if planned is None:
+            planned = self._plan(workspace, Catalog(registry=self._plugins, offers=offers, config_maps=config_maps))
+            self._known[key] = planned
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        if planned.plan is not None:
+            missing = self._missing_secrets(planned.plan)
+            if missing:
+                return _refused("SecretMissing", missing)
+        return planned
+
+    def _plan(self, workspace: Workspace, catalog: Catalog) -> Planned:
+        try:
+            made = plan(workspace, catalog)
+            rules = [p for p in self._plugins.validate(workspace, made) if p.severity == "error"]
+        except KaitoError as e:
+            return _refused("PlanRefused", e.problems)
+        if rules:
+            return _refused("PolicyRefused", rules)
+        if made.refusal is None:
+            return Planned(made)
+        fitting = [c for c in made.candidates if not c.offer.retired]
+        if fitting:
+            return _refused("DoesNotFit", [made.refusal])
+        return _refused("NoNode", [self._no_node(made, made.refusal)])
+
+    def _no_node(self, made: Plan, refusal: Problem) -> Problem:
+        """Nothing is offered. Whoever looks after nodes that exist already knows best why none of them will do."""
+        from kaito_core.plugins.types import NodeRequest
+
+        existing = self._provisioners.get("existing")
+        if existing is None:
+            return refusal
+        wanted = requirements(made.workspace)
+        named = wanted.instance_types[0] if wanted.instance_types else ""
+        status = existing.ensure(NodeRequest("why", Offer(named, 0, 0, provisioner="existing"), wanted))
+        if status.phase == "ready" or not status.message:
+            return refusal
+        reasons = "; ".join(c.rejected for c in made.candidates)
+        message = "; ".join(dict.fromkeys(w for w in (status.message, reasons) if w))
+        return Problem(
+            message, refusal.remedy if made.candidates else "add such a node, or label one that is there", "resource"
+        )
+
+    def _missing_secrets(self, made: Plan) -> list[Problem]:
+        """Secrets that are certainly not there. Where the controller may not look, the stage ``check`` will say it."""
+        namespace = made.workspace.namespace
+        secrets = made.job.secrets
+        missing = []
+        for name in (*secrets.registry, secrets.hub):
+            if not name or namespace in self._not_allowed:
+                continue
+            try:
+                if self._client.get(SECRETS, name, namespace) is None:
+                    missing.append(
+                        Problem(
+                            f"the Secret {name!r} is not in the namespace {namespace!r}",
+                            f"make it: kubectl create secret docker-registry {name} -n {namespace} …",
+                            "tuning.output.imagePushSecret" if name != secrets.hub else "tuning.preset.presetOptions",
+                        )
+                    )
+            except Forbidden:
+                # Asked for per namespace in the chart; without it, not asked again.
+                self._not_allowed.add(namespace)
+                log.info("secrets of %s cannot be looked for: not permitted; the jobs say what is missing", namespace)
+        return missing
+
+
+def _refused(refusal: Refusal, problems: Iterable[Problem]) -> Planned:
+    return Planned(None, refusal, tuple(problems))
+
+
+def _no_config_map(name: str, namespace: str) -> Problem:
+    return Problem(
+        f"the ConfigMap {name!r} is not in the namespace {namespace!r}",
+        "apply it; its data needs `training_config.yaml: |`",
+        "tuning.config",
+    )
+
+
+def _not_in_a_cluster(workspace: Workspace | None) -> list[Problem]:
+    """What only means something on the machine of the one who wrote it."""
+    urls = workspace.tuning.input.urls if workspace and workspace.tuning else ()
+    return [
+        Problem(
+            f"a cluster cannot read {url!r}",
+            "give an https:// or hf:// URL, a volume or an image; or run it with `kaito run --local`",
+            f"tuning.input.urls[{i}]",
+        )
+        for i, url in enumerate(urls)
+        if not url.lower().startswith(("http://", "https://", "hf://"))
+    ]

@@ -1,0 +1,40 @@
+"""First phase: can this Workspace be run at all? Whatever is wrong is said before a machine is asked for."""
+
+from __future__ import annotations
+
+from kaito_core.api import conditions
+from kaito_core.controller.reconcile.case import Case, words
+from kaito_core.controller.reconcile.nodes import give_up
+from kaito_core.controller.reconcile.observed import WAITING
+from kaito_core.kube.kinds import REVISIONS
+
+WAIT = 15.0
+"""Seconds until it is looked again whether a missing ConfigMap or Secret, which nobody watches, has appeared."""
+
+
+def accept(case: Case) -> bool:
+    """Whether there is a plan, a finalizer and a revision to go on with."""
+    refusal, problems = case.observed.planned.refusal, case.observed.planned.problems
+    if refusal is not None:
+        waiting = refusal in WAITING
+        message = words(problems)
+        if case.set(conditions.ACCEPTED, "False", refusal, message):
+            case.note("Warning", refusal, message)
+        case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", "no machine has been asked for")
+        reason = "workspacePending" if waiting else "workspaceFailed"
+        case.set(conditions.WORKSPACE_SUCCEEDED, "False", reason, message)
+        case.state("Pending" if waiting else "Failed")
+        give_up(case, "Refused", message)
+        if refusal in ("ConfigMapMissing", "SecretMissing"):
+            case.look_again(WAIT)
+        return False
+    if not case.has_finalizer:
+        # Before the first effect outside: from here on, deleting the Workspace waits until everything is given back.
+        case.finalizer = True
+        case.again = True
+        return False
+    case.set(conditions.ACCEPTED, "True", "Planned", "")
+    case.status.pop("finishedRevision", None)  # of an earlier revision: from here on it can be run again
+    if case.history.missing is not None:
+        case.create.append((REVISIONS, case.history.missing))
+    return True

@@ -1,0 +1,190 @@
+"""One Workspace while it is being decided about: what it is, what is known, and what has been decided so far.
+
+The phases (`accept`, `nodes`, `workload`, `outcome`, `cleanup`) read and fill a `Case`; nothing in here leaves the process.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from kaito_core.api import conditions, labels
+from kaito_core.api.conditions import State
+from kaito_core.controller.reconcile.decision import Decision, Deletion, Ensure, Note, Release
+from kaito_core.controller.reconcile.observed import Observed, World
+from kaito_core.controller.reconcile.revisions import History, history
+from kaito_core.kube.kinds import Kind, Object
+
+ConditionStatus = Literal["True", "False", "Unknown"]
+
+SHOWN = 1024
+"""Characters of a condition's message: enough for a cause and a remedy, little enough for ``kubectl describe``."""
+
+
+class Case:
+    """See the module. ``status`` starts as it was last written and ends as it shall be."""
+
+    def __init__(self, workspace: Object, observed: Observed, world: World) -> None:
+        self.workspace = workspace
+        self.observed = observed
+        self.world = world
+        self.status: dict[str, Any] = copy.deepcopy(workspace.get("status") or {})
+        self.history: History = history(workspace, observed.revisions)
+        self.finalizer: bool | None = None
+        self.ask: Ensure | Release | None = None
+        self.create: list[tuple[Kind, Object]] = []
+        self.delete: list[Deletion] = []
+        self.notes: list[Note] = []
+        self.again = False
+        self.look_again_after: float | None = None
+
+    # --- what is
+
+    @property
+    def name(self) -> str:
+        return str(self.workspace["metadata"]["name"])
+
+    @property
+    def namespace(self) -> str:
+        return str(self.workspace["metadata"]["namespace"])
+
+    @property
+    def uid(self) -> str:
+        return str(self.workspace["metadata"]["uid"])
+
+    @property
+    def generation(self) -> int:
+        return int(self.workspace["metadata"].get("generation", 0))
+
+    @property
+    def deleting(self) -> bool:
+        return "deletionTimestamp" in self.workspace["metadata"]
+
+    @property
+    def has_finalizer(self) -> bool:
+        return labels.FINALIZER in self.workspace["metadata"].get("finalizers", ())
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very revision has come to its end, well or not."""
+        return bool(self.status.get("finishedRevision") == self.history.current.hash)
+
+    @property
+    def job(self) -> Object | None:
+        return self.observed.job
+
+    @property
+    def job_is_current(self) -> bool:
+        """Whether the job is this revision's, of this very Workspace (not of one of its name before it), and to stay."""
+        if self.job is None or "deletionTimestamp" in self.job["metadata"]:
+            return False
+        annotations = self.job["metadata"].get("annotations", {})
+        ours = any(o.get("uid") == self.uid for o in self.job["metadata"].get("ownerReferences", ()))
+        return ours and bool(annotations.get(labels.REVISION_HASH) == self.history.current.hash)
+
+    # --- attempts to get machines
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """All that are remembered, the oldest first."""
+        found: list[dict[str, Any]] = self.status.setdefault("attempts", [])
+        return found
+
+    @property
+    def attempt(self) -> dict[str, Any] | None:
+        """The one that is going on."""
+        return self.attempts[-1] if self.attempts and not self.attempts[-1].get("ended") else None
+
+    @property
+    def request_id(self) -> str:
+        """The name of the present wish for machines: the same until its attempt has ended, whatever crashes in between.
+
+        Eleven characters, a letter first: the form that agent pools of AKS are limited to.
+        """
+        number = sum(1 for a in self.attempts if a.get("ended"))
+        return "ws" + hashlib.sha256(f"{self.uid}/{number}".encode()).hexdigest()[:9]
+
+    def end_attempt(self, reason: str, message: str) -> None:
+        if self.attempt is not None:
+            self.attempt.update(ended=self.time, reason=reason, message=message[:SHOWN])
+            del self.attempts[:-100]  # the CRD's limit
+
+    # --- what is decided
+
+    @property
+    def time(self) -> str:
+        """Now, as Kubernetes writes it."""
+        return datetime.fromtimestamp(self.observed.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def set(self, kind: str, status: ConditionStatus, reason: str, message: str = "") -> bool:
+        """Set a condition; whether its status or reason is another one than before."""
+        found: list[dict[str, Any]] = self.status.setdefault("conditions", [])
+        new: dict[str, Any] = {"type": kind, "status": status, "reason": reason, "message": _short(message)}
+        old = next((c for c in found if c["type"] == kind), None)
+        changed = old is None or (old["status"], old["reason"]) != (status, reason)
+        moved = old is None or old["status"] != status
+        new["lastTransitionTime"] = self.time if moved or old is None else old.get("lastTransitionTime", self.time)
+        new["observedGeneration"] = self.generation
+        if old is None:
+            found.append(new)
+        else:
+            old.clear()
+            old.update(new)
+        return changed
+
+    def unset(self, *kinds: str) -> None:
+        """Forget conditions that mean nothing any more."""
+        found = [c for c in self.status.get("conditions", []) if c["type"] not in kinds]
+        self.status["conditions"] = found
+
+    def state(self, state: State) -> None:
+        self.status["state"] = state
+
+    def note(self, kind: Literal["Normal", "Warning"], reason: str, message: str) -> None:
+        self.notes.append(Note(kind, reason, _short(message)))
+
+    def failed(self, message: str, *, note: str = "WorkspaceFailed") -> None:
+        """The end of this revision: it did not work, and will not be tried again before something is changed."""
+        if self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspaceFailed", message):
+            self.note("Warning", note, message)
+        self.state("Failed")
+        self.status["finishedRevision"] = self.history.current.hash
+
+    def look_again(self, seconds: float) -> None:
+        """Come back, at the latest, after so many seconds."""
+        self.look_again_after = min(seconds, self.look_again_after or seconds)
+
+    def decision(self) -> Decision:
+        status = {k: v for k, v in self.status.items() if v not in (None, "", [], {})}
+        return Decision(
+            finalizer=self.finalizer,
+            ask=self.ask,
+            create=tuple(self.create),
+            delete=tuple(self.delete),
+            status=status,
+            notes=tuple(self.notes),
+            again=self.again or self.ask is not None,
+            look_again_after=self.look_again_after,
+        )
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= SHOWN else message[: SHOWN - 1] + "…"
+
+
+def words(problems: Any) -> str:
+    """Problems as one text for a condition: cause and remedy of each."""
+    return "; ".join(_problem(p) for p in problems)
+
+
+def _problem(problem: Any) -> str:
+    where = f"{problem.field}: " if problem.field else ""
+    return f"{where}{problem.message}" + (f" – {problem.remedy}" if problem.remedy else "")
+
+
+def find(found: list[Mapping[str, Any]] | None, kind: str) -> Mapping[str, Any] | None:
+    """The condition of this type in an object's list."""
+    return next((c for c in found or () if c.get("type") == kind), None)

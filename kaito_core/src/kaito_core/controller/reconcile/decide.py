@@ -1,0 +1,56 @@
+"""`decide`: from one Workspace and what is known of its world to what shall be done. Pure: no clock, no network, no cluster.
+
+    accept ──> nodes ──> workload ──> outcome            and, when the Workspace is deleted: cleanup
+
+Each phase is a file. What was decided before is never remembered, only seen: after any crash, the same question gets the
+same answer."""
+
+from __future__ import annotations
+
+from kaito_core.controller.reconcile.accept import accept
+from kaito_core.controller.reconcile.case import Case
+from kaito_core.controller.reconcile.cleanup import cleanup
+from kaito_core.controller.reconcile.decision import Decision, Deletion
+from kaito_core.controller.reconcile.nodes import next_candidate, nodes
+from kaito_core.controller.reconcile.observed import Observed, World
+from kaito_core.controller.reconcile.outcome import outcome, release
+from kaito_core.controller.reconcile.workload import outdated, workload
+from kaito_core.kube.kinds import REVISIONS, Object
+
+
+def decide(workspace: Object, observed: Observed, world: World) -> Decision:
+    """What to do about ``workspace`` now."""
+    case = Case(workspace, observed, world)
+    if case.deleting:
+        cleanup(case)
+    elif case.finished:
+        release(case)
+    elif case.job is not None and case.job_is_current:
+        outcome(case, case.job)
+    else:
+        _start(case)
+    return case.decision()
+
+
+def needs_plan(workspace: Object, observed: Observed) -> bool:
+    """Whether the decision will look at `Observed.planned`, which is not for nothing."""
+    case = Case(workspace, observed, _NOTHING)
+    return not (case.deleting or case.finished or (case.job is not None and case.job_is_current))
+
+
+def _start(case: Case) -> None:
+    """This revision has no job yet; one of another may still be there, and goes."""
+    replaced = outdated(case)
+    plan = case.observed.planned.plan
+    if not accept(case) or plan is None:
+        return
+    case.delete.extend(Deletion(REVISIONS, r["metadata"]["name"], r["metadata"]["uid"]) for r in case.history.surplus)
+    if replaced:
+        return
+    ready = nodes(case, plan)
+    if ready is not None:
+        chosen = next_candidate(case, plan)
+        workload(case, plan.on(chosen) if chosen else plan, ready)
+
+
+_NOTHING = World(settings=None, workload=lambda workspace, plan: None)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,74 @@
+"""What a decision depends on, as one snapshot: nothing in here does I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from kaito_core.kube.kinds import Object
+from kaito_core.plugins.types import NodeStatus
+from kaito_core.problems import Problem
+
+if TYPE_CHECKING:
+    from kaito_core.controller.settings import Settings
+    from kaito_core.planning.plan import Plan
+    from kaito_core.workloads.workload import Workload
+
+Refusal = Literal[
+    "InvalidWorkspace", "PlanRefused", "DoesNotFit", "NoNode", "PolicyRefused", "ConfigMapMissing", "SecretMissing"
+]
+"""Reasons of the condition ``Accepted`` when it is False."""
+
+WAITING: frozenset[Refusal] = frozenset({"NoNode", "ConfigMapMissing", "SecretMissing"})
+"""Those that may mend themselves without a change of the Workspace: somebody adds what is missing."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning said of the Workspace as it stands: a plan with a machine to run on, or why there is none."""
+
+    plan: Plan | None = None
+    refusal: Refusal | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class PodProgress:
+    """The last thing that a pod's log said of how far the tuning is."""
+
+    time: float
+    """Seconds since the epoch, by the pod's clock."""
+    fields: Mapping[str, Any]
+    """As in `kaito_core.api.status.ProgressStatus`, camel case."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One Workspace's world at one moment."""
+
+    now: float
+    """Seconds since the epoch."""
+    planned: Planned = field(default_factory=Planned)
+    """Only looked at, and only made, while there is neither a job nor an end for this revision."""
+    job: Object | None = None
+    pods: tuple[Object, ...] = ()
+    """Of the job, in any order."""
+    nodes: Mapping[str, Object | None] = field(default_factory=dict)
+    """The Node objects that the pods are bound to, by name; None where the node is gone."""
+    revisions: tuple[Object, ...] = ()
+    """The Workspace's ControllerRevisions."""
+    asked: Mapping[str, NodeStatus] = field(default_factory=dict)
+    """What the provisioners answered in this very reconcile, by `Ensure.key` and `Release.key`."""
+    progress: PodProgress | None = None
+    provisioners: frozenset[str] = frozenset()
+    """Names of those that are installed."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What does not change from one Workspace to the next."""
+
+    settings: Settings
+    workload: Callable[[Any, Plan], Workload]
+    """What will be run for a plan, after every plugin had its say."""

@@ -1,0 +1,70 @@
+"""Revisions of a Workspace: which one a job belongs to, and the history that KAITO's users know as ControllerRevisions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kaito_core.api import labels
+from kaito_core.kube.kinds import REVISIONS, Object, owner_reference
+from kaito_core.workloads.kubernetes import Revision
+
+HISTORY = 10
+"""Revisions that are kept, as KAITO does."""
+
+PARTS = ("resource", "inference", "tuning")
+
+
+def hash_of(workspace: Object) -> str:
+    """SHA-256 of what the Workspace asks for, in hexadecimal; its status and labels do not count."""
+    asked = {part: workspace[part] for part in PARTS if part in workspace}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class History:
+    """The current revision, and what must be done so that the history shows it."""
+
+    current: Revision
+    missing: Object | None
+    """The ControllerRevision to create; None when it is there."""
+    surplus: tuple[Object, ...]
+    """The oldest ones, beyond what is kept."""
+
+
+def history(workspace: Object, known: Sequence[Object]) -> History:
+    """The Workspace's place in its history. A return to an earlier state is a new revision with a number of its own."""
+    wanted = hash_of(workspace)
+    ordered = sorted(known, key=lambda r: int(r.get("revision", 0)))
+    latest = ordered[-1] if ordered else None
+    if latest is not None and _hash(latest) == wanted:
+        return History(Revision(int(latest["revision"]), wanted), None, tuple(ordered[:-HISTORY]))
+    current = Revision((int(latest["revision"]) if latest else 0) + 1, wanted)
+    # One state has one object, because its name comes from the hash: that of an earlier time goes first.
+    stale = tuple(r for r in ordered if _hash(r) == wanted)
+    if stale:
+        return History(current, None, stale)
+    return History(current, _object(workspace, current), tuple(ordered[: max(0, len(ordered) + 1 - HISTORY)]))
+
+
+def _hash(revision: Object) -> str:
+    return str(revision["metadata"].get("annotations", {}).get(labels.REVISION_HASH, ""))
+
+
+def _object(workspace: Object, revision: Revision) -> Object:
+    metadata = workspace["metadata"]
+    return {
+        "apiVersion": REVISIONS.api_version,
+        "kind": REVISIONS.kind,
+        "metadata": {
+            "name": f"{metadata['name']}-{revision.hash[:5]}",
+            "namespace": metadata["namespace"],
+            "labels": {labels.REVISION_NAME: metadata["name"]},
+            "annotations": {labels.REVISION_HASH: revision.hash, labels.REVISION: str(revision.number)},
+            "ownerReferences": [owner_reference(workspace)],
+        },
+        "revision": revision.number,
+        "data": {part: workspace[part] for part in PARTS if part in workspace},
+    }

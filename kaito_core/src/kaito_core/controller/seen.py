@@ -1,0 +1,53 @@
+"""What the caches say, corrected by what was just written.
+
+A cache is always a little behind. Who decides on it right after a write would do the same thing again; so an object that
+was written is remembered until the cache has caught up with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from kaito_core.kube.kinds import Kind, Object
+from kaito_core.kube.reflector import Reflector
+
+Key = tuple[Kind, str, str]
+
+
+class Seen:
+    """The newest that is known of each object. Resource versions of one kind are numbers that grow (Kubernetes
+    documents them as comparable since 1.35, and they always were)."""
+
+    def __init__(self, reflectors: Mapping[Kind, Reflector]) -> None:
+        self._reflectors = reflectors
+        self._written: dict[Key, Object] = {}
+        self._lock = threading.Lock()
+
+    def wrote(self, kind: Kind, obj: Object) -> None:
+        """This is what the API server answered to a write."""
+        if kind in self._reflectors:
+            metadata = obj["metadata"]
+            with self._lock:
+                self._written[kind, metadata.get("namespace", ""), metadata["name"]] = obj
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Object | None:
+        """The object as it is known now; None when there is none."""
+        reflector = self._reflectors[kind]
+        cached = reflector.get(name, namespace)
+        key = (kind, namespace, name)
+        written = self._written.get(key)
+        if written is None:
+            return cached
+        if _version(cached or {}) >= _version(written) or reflector.resource_version >= _version(written):
+            with self._lock:
+                if self._written.get(key) is written:
+                    del self._written[key]
+            return cached
+        return written
+
+
+def _version(obj: Object) -> int:
+    try:
+        return int(obj.get("metadata", {}).get("resourceVersion", 0))
+    except ValueError:
+        return 0

@@ -1,0 +1,275 @@
+"""The Workspace controller: what it watches, and one reconcile from look to deed.
+
+caches ──> observe ──> decide ──> act ──┐
+              ^    (pure)               │   again, while the decision says so
+              └────────────────────────-┘
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kaito_core.api import conditions, labels
+from kaito_core.controller.act import Actor, ask
+from kaito_core.controller.following import Following
+from kaito_core.controller.loop import Controller, Result
+from kaito_core.controller.planner import Planner, cluster_provisioners
+from kaito_core.controller.reconcile.case import Case
+from kaito_core.controller.reconcile.decide import decide, needs_plan
+from kaito_core.controller.reconcile.diagnosis import latest
+from kaito_core.controller.reconcile.observed import Observed, World
+from kaito_core.controller.reconcile.revisions import hash_of
+from kaito_core.controller.seen import Seen
+from kaito_core.controller.settings import Settings
+from kaito_core.kube.errors import ApiError, Conflict
+from kaito_core.kube.events import Recorder
+from kaito_core.kube.kinds import JOBS, NODES, PODS, REVISIONS, WORKSPACES, Kind, Object
+from kaito_core.kube.reflector import Reflector
+from kaito_core.kube.workqueue import WorkQueue
+from kaito_core.problems import Failure
+
+if TYPE_CHECKING:
+    from kaito_core.controller.metrics import Metrics
+    from kaito_core.kube.client import Client
+    from kaito_core.plugins.manager import PluginManager
+
+ROUNDS = 20
+"""Decisions in one reconcile: each follows from what the one before it did. More would be a loop, and a bug."""
+
+SOON = 0.1
+"""Seconds until a reconcile is tried again that met a newer version of the object; its watch event is on the way."""
+
+log = logging.getLogger("kaito_core.controller")
+
+
+class ClusterView:
+    """The cluster as node provisioners see it: what the controller watches comes from its cache."""
+
+    def __init__(self, client: Client, reflectors: Mapping[Kind, Reflector]) -> None:
+        self._client = client
+        self._reflectors = reflectors
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Mapping[str, Any] | None:
+        cached = self._reflectors.get(kind)
+        return cached.get(name, namespace) if cached else self._client.get(kind, name, namespace)
+
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None
+    ) -> Iterable[Mapping[str, Any]]:
+        cached = self._reflectors.get(kind)
+        if cached:
+            return cached.list(namespace, labels or {})
+        selector = ",".join(f"{k}={v}" for k, v in (labels or {}).items())
+        return self._client.list(kind, namespace, labels=selector)[0]
+
+    def apply(self, kind: Kind, obj: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._client.apply(kind, dict(obj))
+
+    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
+        self._client.delete(kind, name, namespace)
+
+
+class WorkspaceController:
+    """Reconciles the Workspaces of a namespace, or of all; with ``names`` only those."""
+
+    def __init__(
+        self,
+        client: Client,
+        plugins: PluginManager,
+        settings: Settings,
+        *,
+        namespace: str = "",
+        names: Iterable[str] = (),
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._names = frozenset(names)
+        self._clock = clock
+        self._provisioners = cluster_provisioners(plugins)
+        self._world = World(settings, lambda workspace, plan: plugins.workload(workspace, plan.workload))
+        self.queue = WorkQueue("workspace", metrics=metrics)
+        ours = {"namespace": namespace, "labels": labels.WORKSPACE}
+        self._workspaces = Reflector(client, WORKSPACES, namespace, on_change=self._workspace_changed)
+        self._jobs = Reflector(client, JOBS, **ours, transform=_small_job, on_change=self._child_changed)
+        self._pods = Reflector(client, PODS, **ours, transform=_small_pod, on_change=self._child_changed)
+        self._revisions = Reflector(
+            client, REVISIONS, namespace, labels=labels.REVISION_NAME, transform=_small_revision
+        )
+        self._nodes = Reflector(client, NODES, transform=_small_node, on_change=self._node_changed)
+        self.reflectors = [self._nodes, self._revisions, self._jobs, self._pods, self._workspaces]
+        by_kind = {r.kind: r for r in self.reflectors}
+        self._seen = Seen(by_kind)
+        for provisioner in self._provisioners.values():
+            provisioner.attach(ClusterView(client, by_kind))
+        self._planner = Planner(client, plugins, self._provisioners)
+        self._recorder = Recorder(client, "kaito-controller")
+        self._actor = Actor(client, self._seen, self._recorder)
+        self._following = Following(client, self._pods.list, self._pod_moved)
+        self._loop: Controller | None = None
+        self._metrics = metrics
+
+    # --- running
+
+    def start_watching(self) -> None:
+        """Fill the caches. A stand-by does this too, so that it can take over at once."""
+        for reflector in self.reflectors:
+            reflector.start()
+
+    def start_workers(self, workers: int) -> None:
+        """Begin to reconcile, once every cache is complete: a decision on half a picture would buy things twice."""
+        self._loop = Controller("workspace", self.queue, self.reconcile, workers, metrics=self._metrics)
+        threading.Thread(target=self._begin, args=(self._loop,), name="begin", daemon=True).start()
+
+    def _begin(self, loop: Controller) -> None:
+        while not all(r.has_synced for r in self.reflectors):
+            time.sleep(0.05)
+        for workspace in self._workspaces.list():
+            self._enqueue(workspace)
+        self._following.start()
+        loop.start()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """End what is being done, and do nothing more."""
+        self._following.stop()
+        if self._loop is not None:
+            self._loop.stop(timeout)
+        for reflector in self.reflectors:
+            reflector.stop()
+
+    def count_by_state(self) -> dict[str, int]:
+        """How many Workspaces there are by state."""
+        states = Counter(str(w.get("status", {}).get("state", "Pending")) for w in self._workspaces.list())
+        return dict(states)
+
+    # --- what changed
+
+    def _enqueue(self, workspace: Object) -> None:
+        metadata = workspace["metadata"]
+        if not self._names or metadata["name"] in self._names:
+            self.queue.add((metadata["namespace"], metadata["name"]))
+
+    def _workspace_changed(self, old: Object | None, new: Object | None) -> None:
+        changed = new or old
+        if changed is not None:
+            self._enqueue(changed)
+
+    def _child_changed(self, old: Object | None, new: Object | None) -> None:
+        child = new or old
+        if child is not None:
+            self._pod_moved(child)
+
+    def _pod_moved(self, child: Object) -> None:
+        name = child["metadata"].get("labels", {}).get(labels.WORKSPACE, "")
+        self._enqueue({"metadata": {"namespace": child["metadata"]["namespace"], "name": name}})
+
+    def _node_changed(self, old: Object | None, new: Object | None) -> None:
+        if old is not None and new is not None and _without_heartbeat(old) == _without_heartbeat(new):
+            return
+        for workspace in self._workspaces.list():
+            if workspace.get("status", {}).get("finishedRevision") != hash_of(workspace):
+                self._enqueue(workspace)
+
+    # --- one Workspace
+
+    def reconcile(self, namespace: str, name: str) -> Result:
+        """Bring one Workspace a step further; see the module."""
+        workspace = self._seen.get(WORKSPACES, name, namespace)
+        if workspace is None:
+            return Result()
+        try:
+            return self._rounds(workspace)
+        except Conflict:
+            return Result(SOON)
+        except Failure as e:
+            self._say(workspace, e)
+            raise
+
+    def _rounds(self, workspace: Object) -> Result:
+        observed = self._observe(workspace)
+        for _ in range(ROUNDS):
+            decision = decide(workspace, observed, self._world)
+            if decision.ask is not None:
+                answer = ask(self._provisioners, decision.ask)
+                observed = replace(observed, asked={**observed.asked, decision.ask.key: answer})
+                continue
+            workspace = self._actor.act(workspace, decision)
+            if not decision.again:
+                return Result(decision.look_again_after)
+            observed = replace(self._observe(workspace), asked=observed.asked)
+        raise RuntimeError(f"no end of decisions about {workspace['metadata']['name']}")
+
+    def _observe(self, workspace: Object) -> Observed:
+        metadata = workspace["metadata"]
+        name, namespace = metadata["name"], metadata["namespace"]
+        pods = tuple(self._pods.by_workspace(namespace, name))
+        bound = {p["spec"]["nodeName"] for p in pods if p.get("spec", {}).get("nodeName")}
+        newest = latest(pods)
+        observed = Observed(
+            now=self._clock(),
+            job=self._seen.get(JOBS, name, namespace),
+            pods=pods,
+            nodes={n: self._nodes.get(n) for n in bound},
+            revisions=tuple(self._revisions.list(namespace, {labels.REVISION_NAME: name})),
+            progress=self._following.progress(newest) if newest else None,
+            provisioners=frozenset(self._provisioners),
+        )
+        if needs_plan(workspace, observed):
+            observed = replace(observed, planned=self._planner(workspace))
+        return observed
+
+    def _say(self, workspace: Object, error: Failure) -> None:
+        """What the API server refused belongs where the user looks, not only into our log."""
+        case = Case(workspace, Observed(self._clock()), self._world)
+        if case.deleting:
+            return
+        case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", f"{error}; trying again")
+        try:
+            self._actor.act(workspace, case.decision())
+        except ApiError as e:
+            log.warning("the status of %s cannot be written either: %s", case.name, e)
+
+
+# --- what the caches keep: a cluster has many pods, and their specs are large
+
+
+def _small(obj: Object, **parts: Any) -> Object:
+    kept = ("name", "namespace", "uid", "resourceVersion", "labels", "annotations", "ownerReferences",
+            "creationTimestamp", "deletionTimestamp")  # fmt: skip
+    metadata = {k: v for k, v in obj["metadata"].items() if k in kept}
+    return {"metadata": metadata, **{k: v for k, v in parts.items() if v is not None}}
+
+
+def _small_job(job: Object) -> Object:
+    return _small(job, status=job.get("status"))
+
+
+def _small_pod(pod: Object) -> Object:
+    return _small(pod, spec={"nodeName": pod.get("spec", {}).get("nodeName", "")}, status=pod.get("status"))
+
+
+def _small_revision(revision: Object) -> Object:
+    return _small(revision, revision=revision.get("revision"))
+
+
+def _small_node(node: Object) -> Object:
+    status = node.get("status", {})
+    kept = {k: status[k] for k in ("capacity", "allocatable", "conditions") if k in status}
+    spec = {k: v for k, v in node.get("spec", {}).items() if k in ("taints", "unschedulable", "providerID")}
+    return _small(node, spec=spec, status=kept)
+
+
+def _without_heartbeat(node: Object) -> Object:
+    """What a node is, apart from when it last said so."""
+    told = [
+        {k: v for k, v in c.items() if k in ("type", "status", "reason")}
+        for c in node.get("status", {}).get("conditions", ())
+    ]
+    metadata = {k: v for k, v in node["metadata"].items() if k in ("labels", "deletionTimestamp")}
+    return {**node, "metadata": metadata, "status": {**node.get("status", {}), "conditions": told}}

@@ -1,0 +1,1 @@
+"""Bring your own nodes: a node provisioner that buys nothing and finds what is there."""

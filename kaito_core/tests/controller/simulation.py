@@ -1,0 +1,239 @@
+"""A world in which decisions are carried out, small enough to be crashed anywhere: plain dicts, no API server.
+
+It knows what an API server, the job controller and a cloud do with what `decide` asks for, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kaito_core.api import labels, read_workspace
+from kaito_core.controller.reconcile.decide import decide
+from kaito_core.controller.reconcile.decision import Decision, Ensure, Release
+from kaito_core.controller.reconcile.observed import Observed, Planned, World
+from kaito_core.controller.settings import Settings
+from kaito_core.kube.kinds import JOBS, Kind, Object
+from kaito_core.planning.plan import Catalog, plan
+from kaito_core.plugins.types import NodeStatus, Offer, Price, ProvisioningError
+from kaito_core.testing.planning import GIB, OneOfEach
+
+START = 1_800_000_000.0
+OFFERS = tuple(
+    Offer(name, cpus=4, memory=16 * GIB, provisioner="cloud", price=Price(price, "test", "2026-01-01"))
+    for name, price in (("cheap", 1.0), ("dear", 2.0))
+)
+
+
+class Crash(Exception):
+    """The controller dies here."""
+
+
+def workspace_object(**changes: Any) -> Object:
+    """The quick start's Workspace as an API server has it."""
+    made: Object = {
+        "apiVersion": "kaito.sh/v1beta1",
+        "kind": "Workspace",
+        "metadata": {"name": "one", "namespace": "default", "uid": "u-1", "generation": 1, "resourceVersion": "1"},
+        "resource": {"count": 1},
+        "tuning": {
+            "preset": {"name": "tiny"},
+            "method": "qlora",
+            "input": {"urls": ["https://example.com/a.jsonl"]},
+            "output": {"image": "r.io/a:1", "imagePushSecret": "push"},
+        },
+    }
+    made.update(changes)
+    return made
+
+
+def planned(obj: Object, offers: tuple[Offer, ...] = OFFERS) -> Planned:
+    """What planning says of it."""
+    workspace, problems = read_workspace(obj)
+    assert workspace is not None, problems
+    return Planned(plan(workspace, Catalog(OneOfEach(), offers)))
+
+
+WORLD = World(Settings(tuner_image="r.io/tuner:1"), lambda workspace, plan: plan.workload)
+
+
+@dataclass
+class Simulation:
+    """One Workspace and everything around it."""
+
+    workspace: Object | None = field(default_factory=workspace_object)
+    offers: tuple[Offer, ...] = OFFERS
+    now: float = START
+    objects: dict[tuple[Kind, str], Object] = field(default_factory=dict)
+    pods: list[Object] = field(default_factory=list)
+    machines: dict[str, str] = field(default_factory=dict)
+    """What the cloud has, by request id: the instance type."""
+    bought: list[str] = field(default_factory=list)
+    """Every machine that was ever paid for."""
+    most: int = 0
+    """The most machines that there were at one time."""
+    failures: dict[str, ProvisioningError] = field(default_factory=dict)
+    """What the cloud says instead, by instance type."""
+    pending: int = 0
+    """How many more times the cloud says that a machine is on its way."""
+    writes: int = 0
+    notes: list[str] = field(default_factory=list)
+    crash_after: int = -1
+    """Die after so many steps; -1: never."""
+
+    # --- the controller
+
+    def reconcile(self) -> Decision | None:
+        """One reconcile, as `kaito_core.controller.workspaces` does it."""
+        if self.workspace is None:
+            return None
+        observed = self.observe()
+        for _ in range(30):
+            decision = decide(self.workspace, observed, WORLD)
+            if decision.ask is not None:
+                answer = self.answer(decision.ask)
+                self._step()
+                observed = replace(observed, asked={**observed.asked, decision.ask.key: answer})
+                continue
+            self.act(decision)
+            if not decision.again or self.workspace is None:
+                return decision
+            observed = replace(self.observe(), asked=observed.asked)
+        raise AssertionError("no end of decisions")
+
+    def observe(self) -> Observed:
+        assert self.workspace is not None
+        revisions = tuple(o for (k, _), o in self.objects.items() if k.kind == "ControllerRevision")
+        return Observed(
+            now=self.now,
+            planned=planned(self.workspace, self.offers),
+            job=self.objects.get((JOBS, "one")),
+            pods=tuple(self.pods),
+            revisions=revisions,
+            provisioners=frozenset({"cloud"}),
+        )
+
+    def act(self, decision: Decision) -> None:
+        assert self.workspace is not None
+        metadata = self.workspace["metadata"]
+        if decision.finalizer is True:
+            self._write(lambda: metadata.setdefault("finalizers", []).append(labels.FINALIZER))
+        for kind, obj in decision.create:
+            if (kind, obj["metadata"]["name"]) not in self.objects:
+                self._write(lambda k=kind, o=obj: self._create(k, o))
+        for deletion in decision.delete:
+            self._write(lambda d=deletion: self._delete(d.kind, d.name))
+        if decision.status is not None and decision.status != self.workspace.get("status", {}):
+            self._write(lambda: self.workspace.update(status=copy.deepcopy(dict(decision.status or {}))))
+        self.notes += [n.reason for n in decision.notes]
+        if decision.finalizer is False:
+            self._write(self._let_go)
+
+    def _write(self, what: Callable[[], object]) -> None:
+        what()
+        self.writes += 1
+        self._step()
+
+    def _step(self) -> None:
+        if self.crash_after == 0:
+            self.crash_after = -1
+            raise Crash
+        self.crash_after -= self.crash_after > 0
+
+    # --- the API server and the job controller
+
+    def _let_go(self) -> None:
+        """Its last finalizer is removed: a Workspace that is being deleted is gone, and what it owned goes with it."""
+        self.workspace = None
+        self.objects.clear()
+        self.pods.clear()
+
+    def _create(self, kind: Kind, obj: Object) -> None:
+        made = copy.deepcopy(obj)
+        made["metadata"] |= {"uid": f"u-{len(self.objects)}-{self.writes}", "creationTimestamp": "2027-01-15T08:00:00Z"}
+        self.objects[kind, obj["metadata"]["name"]] = made
+
+    def _delete(self, kind: Kind, name: str) -> None:
+        self.objects.pop((kind, name), None)
+        if kind == JOBS:
+            self.pods.clear()
+
+    @property
+    def job(self) -> Object | None:
+        return self.objects.get((JOBS, "one"))
+
+    def pod(self, *, running: bool = True, container: dict[str, Any] | None = None, **status: Any) -> Object:
+        """A pod of the job, as the kubelet reports it."""
+        name = f"one-{len(self.pods)}"
+        state = container if container is not None else {"running": {}} if running else {"waiting": {}}
+        made: Object = {
+            "metadata": {"name": name, "uid": name, "creationTimestamp": f"2027-01-15T08:00:{len(self.pods):02}Z"},
+            "spec": {"nodeName": "node-1"},
+            "status": {"containerStatuses": [{"name": "one", "image": "r.io/tuner:1", "state": state}], **status},
+        }
+        self.pods.append(made)
+        return made
+
+    def end_job(self, kind: str, **condition: Any) -> None:
+        """The job controller says that the job is Complete or Failed."""
+        assert self.job is not None
+        self.job.setdefault("status", {})["conditions"] = [{"type": kind, "status": "True", **condition}]
+
+    def change(self, **tuning: Any) -> None:
+        """The user changes what is tuned."""
+        assert self.workspace is not None
+        self.workspace["tuning"] |= tuning
+        self.workspace["metadata"]["generation"] += 1
+
+    def remove(self) -> None:
+        """The user deletes the Workspace."""
+        assert self.workspace is not None
+        if self.workspace["metadata"].get("finalizers"):
+            self.workspace["metadata"]["deletionTimestamp"] = "2027-01-15T09:00:00Z"
+        else:
+            self.workspace = None
+
+    # --- the cloud
+
+    def answer(self, question: Ensure | Release) -> NodeStatus:
+        if isinstance(question, Release):
+            self.machines.pop(question.request_id, None)
+            return NodeStatus(question.request_id, "absent")
+        request = question.request
+        failure = self.failures.get(request.offer.instance_type)
+        if failure is not None:
+            return NodeStatus(request.id, "failed", message=str(failure), failure=failure)
+        if request.id not in self.machines:
+            self.machines[request.id] = request.offer.instance_type
+            self.bought.append(request.offer.instance_type)
+            self.most = max(self.most, len(self.machines))
+        if self.pending > 0:
+            self.pending -= 1
+            return NodeStatus(request.id, "pending", message="on its way")
+        return NodeStatus(request.id, "ready", ("node-1",), {"kaito.sh/workspace": "one"})
+
+    # --- what a test asks
+
+    def settle(self, rounds: int = 20) -> None:
+        """Reconcile until nothing is written any more."""
+        for _ in range(rounds):
+            before, waiting = self.writes, self.pending
+            self.reconcile()
+            if self.workspace is None or (self.writes == before and waiting == 0):
+                return
+        raise AssertionError("it never comes to rest")
+
+    def condition(self, kind: str) -> dict[str, Any]:
+        assert self.workspace is not None
+        found = {c["type"]: c for c in self.workspace.get("status", {}).get("conditions", ())}
+        return found.get(kind, {})
+
+    @property
+    def state(self) -> str:
+        assert self.workspace is not None
+        return str(self.workspace.get("status", {}).get("state", ""))
+
+    def kinds(self) -> Iterator[str]:
+        for kind, _ in self.objects:
+            yield kind.kind

@@ -1,0 +1,391 @@
+"""What the controller decides, phase by phase, on plain dicts; then the same with crashes anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kaito_core.controller.reconcile.decide import decide
+from kaito_core.controller.reconcile.diagnosis import trouble
+from kaito_core.controller.reconcile.observed import Observed, Planned, Refusal
+from kaito_core.controller.reconcile.outcome import PATIENCE
+from kaito_core.plugins.types import InsufficientCapacity, NotAuthorized, QuotaExceeded, Transient
+from kaito_core.problems import Problem
+
+from .simulation import START, WORLD, Crash, Simulation, workspace_object
+
+FINISHED = {
+    "event": "finished",
+    "stage": "push",
+    "results": {
+        "verify": {"eval_loss_before": 4.5, "eval_loss_after": 1.25},
+        "push": {"image": "r.io/a:1", "digest": "sha256:abc"},
+    },
+}
+
+
+def ended(code: int, said: dict[str, Any] | None = None, reason: str = "Error") -> dict[str, Any]:
+    return {"terminated": {"exitCode": code, "reason": reason, "message": json.dumps(said) if said else ""}}
+
+
+def ready() -> Simulation:
+    """A Workspace whose job has just been made."""
+    simulation = Simulation()
+    simulation.settle()
+    return simulation
+
+
+# --- accept
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason", "state"),
+    [
+        ("InvalidWorkspace", "workspaceFailed", "Failed"),
+        ("PlanRefused", "workspaceFailed", "Failed"),
+        ("DoesNotFit", "workspaceFailed", "Failed"),
+        ("NoNode", "workspacePending", "Pending"),
+        ("ConfigMapMissing", "workspacePending", "Pending"),
+        ("SecretMissing", "workspacePending", "Pending"),
+    ],
+)
+def test_what_cannot_be_run_is_said_and_nothing_is_asked_for(refusal: Refusal, reason: str, state: str) -> None:
+    problem = Problem("unknown preset 'phi-33'", "did you mean phi-3?", "tuning.preset.name")
+    observed = Observed(START, planned=Planned(None, refusal, (problem,)), provisioners=frozenset({"cloud"}))
+    decision = decide(workspace_object(), observed, WORLD)
+    assert decision.finalizer is None
+    assert decision.ask is None
+    assert not decision.create
+    assert decision.status is not None
+    assert decision.status["state"] == state
+    found = {c["type"]: (c["status"], c["reason"], c["message"]) for c in decision.status["conditions"]}
+    words = "tuning.preset.name: unknown preset 'phi-33' – did you mean phi-3?"
+    assert found["Accepted"] == ("False", refusal, words)
+    assert found["WorkspaceSucceeded"] == ("False", reason, words)
+    assert found["ResourceReady"][0] == "False"
+    assert all(c["observedGeneration"] == 1 for c in decision.status["conditions"])
+
+
+def test_the_finalizer_comes_before_the_first_effect_outside() -> None:
+    simulation = Simulation(crash_after=0)
+    with pytest.raises(Crash):
+        simulation.reconcile()
+    assert simulation.workspace is not None
+    assert simulation.workspace["metadata"]["finalizers"] == ["workspace.finalizer.kaito.sh"]
+    assert not simulation.bought
+    assert not simulation.objects
+
+
+# --- nodes
+
+
+def test_a_job_is_made_when_the_machine_is_ready_and_not_before() -> None:
+    simulation = Simulation(pending=2)
+    simulation.reconcile()
+    assert simulation.job is None
+    assert simulation.condition("ResourceReady")["message"] == "on its way"
+    simulation.settle()
+    assert sorted(simulation.kinds()) == ["ConfigMap", "ControllerRevision", "Job"]
+    assert simulation.bought == ["cheap"]
+    assert simulation.condition("ResourceReady")["status"] == "True"
+    assert simulation.workspace is not None
+    assert simulation.workspace["status"]["workerNodes"] == ["node-1"]
+
+
+def test_nothing_more_is_written_once_the_job_is_there() -> None:
+    simulation = ready()
+    assert simulation.writes <= 6, "finalizer, revision, ConfigMap, Job, status"
+    before = simulation.writes
+    simulation.reconcile()
+    assert simulation.writes == before
+
+
+@pytest.mark.parametrize("kind", [InsufficientCapacity, QuotaExceeded])
+def test_the_next_offer_is_tried_when_one_cannot_be_had(kind: type[InsufficientCapacity]) -> None:
+    simulation = Simulation(failures={"cheap": kind("none left in westeurope")})
+    simulation.settle()
+    assert simulation.bought == ["dear"]
+    assert simulation.workspace is not None
+    first, second = simulation.workspace["status"]["attempts"]
+    assert (first["instanceType"], first["reason"], first["message"]) == (
+        "cheap",
+        kind.__name__,
+        "none left in westeurope",
+    )
+    assert "ended" not in second
+
+
+def test_when_nothing_can_be_had_every_reason_is_told() -> None:
+    simulation = Simulation(failures={"cheap": InsufficientCapacity("sold out"), "dear": QuotaExceeded("0 of 0 cores")})
+    simulation.settle()
+    assert simulation.state == "Failed"
+    message = simulation.condition("WorkspaceSucceeded")["message"]
+    assert "cheap: sold out" in message
+    assert "dear: 0 of 0 cores" in message
+    assert not simulation.machines
+
+
+def test_what_may_work_in_a_moment_is_tried_again_and_what_is_forbidden_is_not() -> None:
+    simulation = Simulation(failures={"cheap": Transient("429: slow down")})
+    decision = simulation.reconcile()
+    assert decision is not None
+    assert decision.look_again_after
+    assert simulation.state == "Pending"
+    simulation.failures = {"cheap": NotAuthorized("no write access to the node pool")}
+    simulation.settle()
+    assert simulation.state == "Failed"
+    assert "no write access" in simulation.condition("WorkspaceSucceeded")["message"]
+
+
+# --- workload and outcome
+
+
+def test_a_finished_job_is_success_and_the_machine_is_given_back_at_once() -> None:
+    """KAITO's defect 8: its node stays, and is paid for, until the Workspace is deleted."""
+    simulation = ready()
+    simulation.pod(container=ended(0, FINISHED, "Completed"))
+    simulation.end_job("Complete")
+    simulation.settle()
+    assert simulation.state == "Succeeded"
+    assert not simulation.machines
+    assert simulation.workspace is not None
+    assert simulation.workspace["status"]["adapter"] == {
+        "image": "r.io/a:1",
+        "digest": "sha256:abc",
+        "evalLossBefore": 4.5,
+        "evalLossAfter": 1.25,
+    }
+    for kind in ("ResourceReady", "JobStarted", "WorkspaceSucceeded"):
+        assert simulation.condition(kind)["status"] == "True"
+
+
+def test_one_failed_pod_is_not_a_failed_workspace() -> None:
+    """KAITO's defect 2: it says Failed at the first failed pod, while the job tries again, and flips later."""
+    simulation = ready()
+    simulation.pod(container=ended(137, reason="OOMKilled"))
+    assert simulation.job is not None
+    simulation.job["status"] = {"failed": 1, "active": 0}
+    simulation.settle()
+    assert simulation.state == "Running"
+    assert simulation.condition("JobStarted")["reason"] == "ContainerOOMKilled"
+    simulation.pod()
+    simulation.settle()
+    assert simulation.state == "Running"
+    assert simulation.condition("JobStarted")["status"] == "True"
+    assert "ran out of memory" in simulation.condition("JobStarted")["message"]
+    simulation.end_job("Complete")
+    simulation.settle()
+    assert simulation.state == "Succeeded"
+
+
+def test_a_failed_stage_fails_the_workspace_with_its_own_words() -> None:
+    """KAITO's defect 1: when its trainer crashes, the pusher waits for ever and the GPU is billed."""
+    simulation = ready()
+    said = {"event": "failed", "stage": "check", "message": "the registry says 401", "remedy": "mend the Secret 'push'"}
+    simulation.pod(container=ended(2, said))
+    simulation.end_job("Failed", reason="PodFailurePolicy", message="exit code 2")
+    simulation.settle()
+    assert simulation.state == "Failed"
+    words = "the stage 'check' failed: the registry says 401 – mend the Secret 'push'"
+    assert simulation.condition("WorkspaceSucceeded")["message"] == words
+    assert not simulation.machines
+
+
+def test_an_image_that_never_comes_does_not_hold_a_machine_for_ever() -> None:
+    simulation = ready()
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "r.io/tuner:1: not found"}}
+    simulation.pod(container=waiting)
+    simulation.settle()
+    assert simulation.state == "Pending"
+    assert simulation.condition("JobStarted")["reason"] == "ImagePullError"
+    assert "r.io/tuner:1: not found" in simulation.condition("JobStarted")["message"]
+    simulation.now += PATIENCE + 60
+    simulation.settle()
+    assert simulation.state == "Failed"
+    assert not simulation.machines
+    assert simulation.job is None
+
+
+def test_a_changed_input_runs_the_job_anew_and_a_finished_one_is_left_alone() -> None:
+    simulation = ready()
+    simulation.pod(container=ended(0, FINISHED, "Completed"))
+    simulation.end_job("Complete")
+    simulation.settle()
+    simulation.settle()
+    assert simulation.bought == ["cheap"]
+    simulation.change(input={"urls": ["https://example.com/b.jsonl"]})
+    simulation.settle()
+    assert simulation.state == "Pending"
+    assert simulation.job is not None
+    assert simulation.job["metadata"]["annotations"]["workspace.kaito.io/revision"] == "2"
+    assert simulation.bought == ["cheap", "cheap"]
+    assert sorted(simulation.kinds()) == ["ConfigMap", "ControllerRevision", "ControllerRevision", "Job"]
+
+
+def test_a_return_to_an_earlier_state_is_a_new_revision() -> None:
+    simulation = ready()
+    first = "https://example.com/a.jsonl"
+    for url in ("https://example.com/b.jsonl", first):
+        simulation.change(input={"urls": [url]})
+        simulation.settle()
+    assert simulation.job is not None
+    assert simulation.job["metadata"]["annotations"]["workspace.kaito.io/revision"] == "3"
+
+
+def test_only_the_last_ten_revisions_are_kept() -> None:
+    simulation = ready()
+    for number in range(14):
+        simulation.change(input={"urls": [f"https://example.com/{number}.jsonl"]})
+        simulation.settle()
+    assert sum(k == "ControllerRevision" for k in simulation.kinds()) == 10
+
+
+# --- what is wrong with a pod
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "words"),
+    [
+        ({"reason": "Evicted", "message": "low on resource: ephemeral-storage"}, "NodeDiskPressure", "ephemeral"),
+        ({"reason": "Evicted", "message": "low on resource: memory"}, "NodeMemoryPressure", "memory"),
+        (
+            {"conditions": [{"type": "DisruptionTarget", "status": "True", "message": "node is being deleted"}]},
+            "PodEvicted",
+            "node is being deleted",
+        ),
+        (
+            {"conditions": [{"type": "PodScheduled", "reason": "Unschedulable", "message": "0/3 nodes available"}]},
+            "Unschedulable",
+            "0/3 nodes",
+        ),
+    ],
+)
+def test_diagnosis(status: dict[str, Any], reason: str, words: str) -> None:
+    simulation = Simulation()
+    found = trouble(simulation.pod(running=True, **status))
+    assert found is not None
+    assert found.reason == reason
+    assert words in found.message
+
+
+def test_a_pod_that_runs_has_no_trouble() -> None:
+    assert trouble(Simulation().pod()) is None
+
+
+def test_words_that_are_not_json_do_no_harm() -> None:
+    simulation = Simulation()
+    state = {"terminated": {"exitCode": 1, "reason": "Error", "message": "Segmentation fault"}}
+    found = trouble(simulation.pod(container=state))
+    assert found is not None
+    assert found.message == "the container 'one' ended with exit code 1 (Segmentation fault)"
+
+
+# --- cleanup
+
+
+def test_deleting_gives_the_machine_back_before_the_workspace_goes() -> None:
+    simulation = ready()
+    simulation.remove()
+    simulation.settle()
+    assert simulation.workspace is None
+    assert not simulation.machines
+
+
+def test_a_crash_between_asking_and_noting_whom_leaves_no_machine() -> None:
+    simulation = Simulation(crash_after=1)
+    with pytest.raises(Crash):
+        simulation.reconcile()
+    assert simulation.machines
+    simulation.remove()
+    simulation.settle()
+    assert simulation.workspace is None
+    assert not simulation.machines
+
+
+def test_a_workspace_whose_provisioner_was_uninstalled_waits_and_says_so() -> None:
+    simulation = ready()
+    simulation.remove()
+    observed = replace(simulation.observe(), provisioners=frozenset({"other"}))
+    assert simulation.workspace is not None
+    decision = decide(simulation.workspace, observed, WORLD)
+    assert decision.finalizer is None
+    assert decision.look_again_after
+    assert [n.reason for n in decision.notes] == ["ProvisionerMissing"]
+
+
+# --- everything at once
+
+
+class Life(RuleBasedStateMachine):
+    """A Workspace's life in any order, with the controller dying at any step. One machine at most at any time, none left
+    behind, and in the end the same state as without a crash."""
+
+    @initialize(pending=st.integers(0, 2), failing=st.booleans())
+    def begin(self, pending: int, failing: bool) -> None:
+        failures = {"cheap": InsufficientCapacity("sold out")} if failing else {}
+        self.simulation = Simulation(pending=pending, failures=failures)
+
+    @property
+    def alive(self) -> bool:
+        return self.simulation.workspace is not None
+
+    @rule(crash_after=st.integers(-1, 8))
+    def reconcile(self, crash_after: int) -> None:
+        self.simulation.crash_after = crash_after
+        with contextlib.suppress(Crash):
+            self.simulation.reconcile()
+        self.simulation.crash_after = -1
+
+    @precondition(lambda self: self.simulation.job is not None and not self.simulation.pods)
+    @rule()
+    def a_pod_starts(self) -> None:
+        self.simulation.pod()
+
+    @precondition(lambda self: self.simulation.job is not None)
+    @rule(kind=st.sampled_from(["Complete", "Failed"]))
+    def the_job_ends(self, kind: str) -> None:
+        if not (self.simulation.job or {}).get("status", {}).get("conditions"):
+            self.simulation.end_job(kind, message="by the test")
+
+    @precondition(lambda self: self.alive and "deletionTimestamp" not in self.simulation.workspace["metadata"])
+    @rule(url=st.sampled_from(["a", "b"]))
+    def the_user_changes_the_input(self, url: str) -> None:
+        self.simulation.change(input={"urls": [f"https://example.com/{url}.jsonl"]})
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def the_user_deletes_it(self) -> None:
+        if "deletionTimestamp" not in self.simulation.workspace["metadata"]:
+            self.simulation.remove()
+
+    @invariant()
+    def one_machine_at_most(self) -> None:
+        if hasattr(self, "simulation"):
+            assert self.simulation.most <= 1
+
+    def teardown(self) -> None:
+        if not hasattr(self, "simulation"):
+            return
+        simulation = self.simulation
+        simulation.settle(40)
+        if simulation.workspace is None:
+            assert not simulation.machines
+            return
+        if simulation.state in ("Succeeded", "Failed"):
+            assert not simulation.machines
+        else:
+            assert len(simulation.machines) == 1
+            assert simulation.job is not None
+        hashes = [c["lastTransitionTime"] for c in simulation.workspace["status"]["conditions"]]
+        assert all(hashes)
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=150, stateful_step_count=15, deadline=None)
