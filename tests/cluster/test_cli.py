@@ -342,7 +342,7 @@ def test_plan_asks_the_cluster(kaito: Kaito, team: Team) -> None:
     team.cloud.change(offers=[])
     none = kaito("plan", team.file)
     assert none.returncode == 2
-    assert "the cluster has no nodes" in none.stdout
+    assert "the cluster has no node" in none.stdout
     assert team.workspace() is None
 
 

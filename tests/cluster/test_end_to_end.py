@@ -339,8 +339,7 @@ def test_the_quick_start_ends_with_an_adapter_in_the_registry(system: System, tm
     assert ended["status"]["state"] == "Succeeded", system.report()
     system.run("wait")
 
-    header, line = system.kubectl("get", "workspace", "my-adapter").splitlines()
-    columns = dict(zip(header.split(), line.split(), strict=False))
+    columns = table(system.kubectl("get", "workspace", "my-adapter"))
     assert columns["INSTANCE"] == "Standard_NC6s_v3"
     assert columns["RESOURCEREADY"] == columns["JOBSTARTED"] == columns["WORKSPACEREADY"] == "True"
 
@@ -353,6 +352,12 @@ def test_the_quick_start_ends_with_an_adapter_in_the_registry(system: System, tm
 
     assert _lasting(system.get("node", "gpu-1")) == node  # a machine that was there before is left as it was
     assert PASSWORD not in system.report()
+
+
+def table(printed: str) -> dict[str, str]:
+    """What kubectl prints of one object, by column; some are empty."""
+    header, line = printed.splitlines()
+    return {m[0].strip(): line[m.start() : m.end()].strip() for m in re.finditer(r"\S+\s*", header)}
 
 
 def _lasting(node: dict[str, Any]) -> dict[str, Any]:

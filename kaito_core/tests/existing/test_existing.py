@@ -102,6 +102,15 @@ def said(*nodes: Object, **asked: Any) -> str:
 # --- what is offered
 
 
+def test_a_machine_that_was_got_for_a_workspace_is_nobody_else_s() -> None:
+    """It goes when that Workspace has ended, and a job on it would go with it."""
+    held = node("a", 1, has=T4 | {"kaito.sh/workspace": "one", "kaito.sh/workspacenamespace": "team"})
+    assert offers(held) == []
+    assert said(held) == "the cluster has no node that was not got for another Workspace"
+    (offer,) = offers(held, node("b", 1, has=T4))
+    assert ensure(held, node("b", 1, has=T4), offer=offer).nodes == ("b",)
+
+
 def test_a_node_tells_its_gpus_itself() -> None:
     """KAITO's defect 5: it finds the number of GPUs only by an instance type, which must be empty for such nodes."""
     (offer,) = offers(node("a", 2, has=A100, app="tune"), app="tune")
@@ -315,7 +324,7 @@ def test_a_node_of_the_planned_kind_may_come_back() -> None:
 
 
 def test_a_cluster_without_nodes() -> None:
-    assert said() == "the cluster has no nodes"
+    assert said() == "the cluster has no node"
     assert not offers()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from kaito_core.api.labels import RESERVED_SELECTOR_KEYS
+from kaito_core.api.labels import RESERVED_SELECTOR_KEYS, WORKSPACE
 from kaito_core.api.suggest import closest
 from kaito_core.existing.node import COUNT, INSTANCE_TYPE, MEMORY, PRODUCT, Node, kind, read_node
 from kaito_core.kube.kinds import NODES
@@ -82,10 +82,13 @@ class ExistingNodes(NodeProvisioner):
     # --- which nodes
 
     def _nodes(self) -> list[Node]:
-        """Every node by name. A Node object is read once: the host's cache replaces an object and never changes it."""
+        """Every node by name, but those that somebody got for a Workspace: they go with it. A Node object is read once: the host's
+        cache replaces an object and never changes it."""
         known, now = self._known, {}
         for obj in self._cluster.list(NODES) if self._cluster else ():
             name = obj["metadata"]["name"]
+            if WORKSPACE in (obj["metadata"].get("labels") or {}):
+                continue
             before = known.get(name)
             now[name] = before if before is not None and before[0] is obj else (obj, read_node(obj))
         self._known = now
@@ -151,7 +154,8 @@ class ExistingNodes(NodeProvisioner):
         wanted = _wanted(requirements)
         no = "no other node" if matching else "no node"
         if not nodes:
-            return "the cluster has no other node" if matching else "the cluster has no nodes"
+            held = " that was not got for another Workspace" if self._cluster and any(self._cluster.list(NODES)) else ""
+            return "the cluster has no other node" if matching else f"the cluster has no node{held}"
         said = [
             f"{no} has the label {k}={v}{_closest_label(k, nodes)}"
             for k, v in wanted.items()

@@ -154,8 +154,7 @@ def job(
         "containers": [],
         "volumes": _volumes(workload, revision, checkpoints),
     }
-    if selector:
-        pod["affinity"] = _affinity(selector)
+    pod["affinity"] = _affinity(selector, workload.name, namespace)
     if image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": n} for n in image_pull_secrets]
     first = [s for s in workload.stages if s.name in INIT_STAGES]
@@ -319,13 +318,18 @@ def _volume_name(mount: Mount) -> str:
     return f"{mount.name}-volume"
 
 
-def _affinity(selector: Mapping[str, str]) -> Object:
-    terms = [{"key": k, "operator": "In", "values": [v]} for k, v in sorted(selector.items())]
-    return {
-        "nodeAffinity": {
-            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": terms}]}
-        }
-    }
+def _affinity(selector: Mapping[str, str], name: str, namespace: str) -> Object:
+    """On nodes with these labels that nobody got for himself, or that were got for this very Workspace: one that was got for
+    another goes when that one has ended."""
+    wanted = [_in(k, v) for k, v in sorted(selector.items())]
+    nobodys = [{"key": labels.WORKSPACE, "operator": "DoesNotExist"}]
+    own = [_in(labels.WORKSPACE, name), _in(labels.WORKSPACE_NAMESPACE, namespace)]
+    terms = [{"matchExpressions": [*wanted, *whose]} for whose in (nobodys, own)]
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
+
+
+def _in(key: str, value: str) -> Object:
+    return {"key": key, "operator": "In", "values": [value]}
 
 
 def _gone_node_tolerations() -> list[Object]:
