@@ -2,7 +2,7 @@
 
     python benchmarks/controller.py [--workspaces 500]
 
-Starts a control plane (`$KUBEBUILDER_ASSETS`), makes one Node with enough GPUs by hand, starts ``kaito controller`` as a
+Starts a control plane (`$KUBEBUILDER_ASSETS`), makes a Node with a GPU for each Workspace by hand, starts ``kaito controller`` as a
 user would, creates the Workspaces and waits until each has its Job. What was asked of the API server is read from its own
 audit log, by user agent. Nothing runs in the pods: there is no kubelet.
 """
@@ -15,9 +15,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ NODE_LABELS = {
     "bench": "yes",
     "nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB",
     "nvidia.com/gpu.memory": "81920",
-    "nvidia.com/gpu.count": "8",
+    "nvidia.com/gpu.count": "1",
     "nvidia.com/cuda.compute.major": "8",
     "nvidia.com/cuda.compute.minor": "0",
 }
@@ -54,33 +55,34 @@ def main() -> int:
         running_cluster(Path(folder) / "cluster", controllers="*,-node-lifecycle-controller") as cluster,
     ):
         client = connect(kubeconfig=str(cluster.kubeconfig), user_agent="benchmark")
-        prepare(client)
+        prepare(client, given.workspaces)
         with controller(cluster, Path(folder), given.workers) as process:
             measure(cluster, client, process, given.workspaces)
     return 0
 
 
-def prepare(client: Client) -> None:
-    """The CRD, and a node that takes everything."""
+def prepare(client: Client, count: int) -> None:
+    """The CRD, and machines, ready at once."""
     client.apply(CRDS, crd())
-    while not any(c.get("type") == "Established" for c in conditions(client)):
+    while not client.serves(WORKSPACES):
         time.sleep(0.1)
-    client.create(
-        NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "gpu-1", "labels": NODE_LABELS}, "spec": {}}
-    )
-    capacity = {"cpu": "960", "memory": "8Ti", "pods": "5000", "nvidia.com/gpu": "5000", "ephemeral-storage": "100Ti"}
-    status = {
-        "capacity": capacity,
-        "allocatable": capacity,
-        "conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "by hand"}],
-    }
-    client.patch(NODES, "gpu-1", "", {"status": status}, subresource="status")
-    client.patch(NODES, "gpu-1", "", {"spec": {"taints": None}})
+    at_once(lambda number: machine(client, number), count)
 
 
-def conditions(client: Client) -> list[Any]:
-    found = client.get(CRDS, "workspaces.kaito.sh") or {}
-    return [c for c in found.get("status", {}).get("conditions", []) if c.get("status") == "True"]
+def machine(client: Client, number: int) -> None:
+    metadata = {"name": f"gpu-{number:04}", "labels": {**NODE_LABELS, "kubernetes.io/hostname": f"gpu-{number:04}"}}
+    client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": metadata})
+    capacity = {"cpu": "8", "memory": "64Gi", "pods": "110", "nvidia.com/gpu": "1", "ephemeral-storage": "1Ti"}
+    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "by hand"}
+    status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
+    client.patch(NODES, metadata["name"], "", {"status": status}, subresource="status")
+    client.patch(NODES, metadata["name"], "", {"spec": {"taints": None}})
+
+
+def at_once(act: Callable[[int], None], count: int) -> None:
+    """Do it for every number, four at a time."""
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(act, range(count)))
 
 
 class controller:  # noqa: N801 – reads as what it is in a with statement
@@ -119,7 +121,7 @@ def workspace(number: int) -> Object:
             "preset": {"name": "demo-phi-3"},
             "method": "qlora",
             "input": {"urls": ["https://example.com/data.jsonl"]},
-            "output": {"volumeSource": {"persistentVolumeClaim": {"claimName": f"out-{number}"}}},
+            "output": {"volumeSource": {"hostPath": {"path": f"/out/{number}"}}},
         },
     }
 
@@ -128,11 +130,7 @@ def measure(cluster: Cluster, client: Client, process: subprocess.Popen[bytes], 
     cpu_before = cpu_seconds(process.pid)
     audited = sum(1 for _ in cluster.audit())
     began = time.monotonic()
-    threads = [threading.Thread(target=create, args=(client, range(k, count, 4))) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(lambda number: client.create(WORKSPACES, workspace(number)), count)
     created = time.monotonic() - began
     while (jobs := len(client.list(JOBS, "default", page=5000)[0])) < count:
         if process.poll() is not None:
@@ -159,13 +157,24 @@ def measure(cluster: Cluster, client: Client, process: subprocess.Popen[bytes], 
         "cpu_seconds": round(cpu, 1),
         "peak_memory_mib": round(peak_memory(process.pid) / 2**20),
         "requests_at_rest_in_20_s": len([e for e in resting if e["verb"] != "watch"]),
+        "seconds_until_an_unknown_preset_is_refused": round(refused(client), 2),
     }
     print(json.dumps(figures, indent=2))
 
 
-def create(client: Client, numbers: range) -> None:
-    for number in numbers:
-        client.create(WORKSPACES, workspace(number))
+def refused(client: Client) -> float:
+    """Seconds from the creation of a Workspace that only the controller can refuse to the condition that says why."""
+    wrong = workspace(9999)
+    wrong["tuning"]["preset"]["name"] = "no-such-preset"
+    began = time.monotonic()
+    client.create(WORKSPACES, wrong)
+    while True:
+        status = (client.get(WORKSPACES, wrong["metadata"]["name"], "default") or {}).get("status") or {}
+        if any(c["type"] == "Accepted" and c["status"] == "False" for c in status.get("conditions", ())):
+            return time.monotonic() - began
+        if time.monotonic() - began > 60:
+            raise SystemExit("an unknown preset is not refused within a minute")
+        time.sleep(0.01)
 
 
 def settle(cluster: Cluster, count: int) -> None:

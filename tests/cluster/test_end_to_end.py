@@ -434,7 +434,7 @@ def test_a_pod_that_runs_out_of_memory_is_tried_again(system: System) -> None:
 
 def test_a_lost_machine_costs_what_was_trained_since_the_last_checkpoint(system: System) -> None:
     """KAITO's defect 9: a lost machine loses everything, because retries start from zero."""
-    config = training(system, "slow", max_steps=300, save_steps=5, per_device_train_batch_size=4)
+    config = training(system, "slow", max_steps=120, save_steps=5, per_device_train_batch_size=4)
     system.tune("resumes", "long.jsonl", config=config, secret="pods-login")
 
     def step() -> int:

@@ -79,6 +79,8 @@ class Simulation:
     """How many more times the cloud says that a machine is on its way."""
     writes: int = 0
     notes: list[str] = field(default_factory=list)
+    holds: bool = True
+    """Whether what the cloud gives has to be given back."""
     crash_after: int = -1
     """Die after so many steps; -1: never."""
 
@@ -111,7 +113,7 @@ class Simulation:
             job=self.objects.get((JOBS, "one")),
             pods=tuple(self.pods),
             revisions=revisions,
-            provisioners=frozenset({"cloud"}),
+            provisioners={"cloud": self.holds},
         )
 
     def act(self, decision: Decision) -> None:

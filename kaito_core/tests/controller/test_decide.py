@@ -58,7 +58,7 @@ def ready() -> Simulation:
 )
 def test_what_cannot_be_run_is_said_and_nothing_is_asked_for(refusal: Refusal, reason: str, state: str) -> None:
     problem = Problem("unknown preset 'phi-33'", "did you mean phi-3?", "tuning.preset.name")
-    observed = Observed(START, planned=Planned(None, refusal, (problem,)), provisioners=frozenset({"cloud"}))
+    observed = Observed(START, planned=Planned(None, refusal, (problem,)), provisioners={"cloud": True})
     decision = decide(workspace_object(), observed, WORLD)
     assert decision.finalizer is None
     assert decision.ask is None
@@ -73,14 +73,26 @@ def test_what_cannot_be_run_is_said_and_nothing_is_asked_for(refusal: Refusal, r
     assert all(c["observedGeneration"] == 1 for c in decision.status["conditions"])
 
 
-def test_the_finalizer_comes_before_the_first_effect_outside() -> None:
-    simulation = Simulation(crash_after=0)
-    with pytest.raises(Crash):
+@pytest.mark.parametrize("steps", range(6))
+def test_what_is_asked_for_is_written_down_before_it_is_asked(steps: int) -> None:
+    """The finalizer and the attempt: wherever the controller dies, whoever comes next knows whom to ask for what."""
+    simulation = Simulation(crash_after=steps)
+    with contextlib.suppress(Crash):
         simulation.reconcile()
+    if simulation.bought:
+        assert simulation.workspace is not None
+        assert simulation.workspace["metadata"]["finalizers"] == ["workspace.finalizer.kaito.sh"]
+        assert [a["instanceType"] for a in simulation.workspace["status"]["attempts"]] == simulation.bought
+
+
+def test_nothing_is_held_where_nothing_has_to_be_given_back() -> None:
+    """Nodes that were there before: one write less, and deleting the Workspace waits for nobody."""
+    simulation = Simulation(holds=False)
+    simulation.settle()
+    assert simulation.job is not None
     assert simulation.workspace is not None
-    assert simulation.workspace["metadata"]["finalizers"] == ["workspace.finalizer.kaito.sh"]
-    assert not simulation.bought
-    assert not simulation.objects
+    assert not simulation.workspace["metadata"].get("finalizers")
+    assert simulation.writes == 4, "revision, ConfigMap, Job, status"
 
 
 # --- nodes
@@ -101,7 +113,7 @@ def test_a_job_is_made_when_the_machine_is_ready_and_not_before() -> None:
 
 def test_nothing_more_is_written_once_the_job_is_there() -> None:
     simulation = ready()
-    assert simulation.writes <= 6, "finalizer, revision, ConfigMap, Job, status"
+    assert simulation.writes <= 6, "finalizer, revision, status, ConfigMap, Job, status"
     before = simulation.writes
     simulation.reconcile()
     assert simulation.writes == before
@@ -298,8 +310,8 @@ def test_deleting_gives_the_machine_back_before_the_workspace_goes() -> None:
     assert not simulation.machines
 
 
-def test_a_crash_between_asking_and_noting_whom_leaves_no_machine() -> None:
-    simulation = Simulation(crash_after=1)
+def test_a_crash_right_after_asking_leaves_no_machine() -> None:
+    simulation = Simulation(crash_after=3)
     with pytest.raises(Crash):
         simulation.reconcile()
     assert simulation.machines
@@ -312,7 +324,7 @@ def test_a_crash_between_asking_and_noting_whom_leaves_no_machine() -> None:
 def test_a_workspace_whose_provisioner_was_uninstalled_waits_and_says_so() -> None:
     simulation = ready()
     simulation.remove()
-    observed = replace(simulation.observe(), provisioners=frozenset({"other"}))
+    observed = replace(simulation.observe(), provisioners={"other": True})
     assert simulation.workspace is not None
     decision = decide(simulation.workspace, observed, WORLD)
     assert decision.finalizer is None

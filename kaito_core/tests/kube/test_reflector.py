@@ -106,9 +106,9 @@ def test_objects_are_found_by_name_label_and_workspace(server: Any) -> None:
         def names(found: list[Object]) -> list[str]:
             return sorted(o["metadata"]["name"] for o in found)
 
-        assert names(reflector.by_workspace(here, "w")) == ["d"]
-        assert names(reflector.by_workspace(here, "other")) == ["b"]
-        assert names(reflector.by_workspace("elsewhere", "w")) == []
+        assert names(reflector.indexed(here, "w")) == ["d"]
+        assert names(reflector.indexed(here, "other")) == ["b"]
+        assert names(reflector.indexed("elsewhere", "w")) == []
         assert names(reflector.list(here, {"kind": "x"})) == names(reflector.list(labels={"kind": "x"})) == ["c"]
         assert reflector.list("elsewhere") == []
         assert reflector.get("c") is None  # without its namespace it is another

@@ -27,8 +27,9 @@ class Seen:
         """This is what the API server answered to a write."""
         if kind in self._reflectors:
             metadata = obj["metadata"]
+            small = self._reflectors[kind].transform(obj)
             with self._lock:
-                self._written[kind, metadata.get("namespace", ""), metadata["name"]] = obj
+                self._written[kind, metadata.get("namespace", ""), metadata["name"]] = small
 
     def get(self, kind: Kind, name: str, namespace: str = "") -> Object | None:
         """The object as it is known now; None when there is none."""

@@ -99,13 +99,12 @@ class WorkspaceController:
         self._workspaces = Reflector(client, WORKSPACES, namespace, on_change=self._workspace_changed)
         self._jobs = Reflector(client, JOBS, **ours, transform=_small_job, on_change=self._child_changed)
         self._pods = Reflector(client, PODS, **ours, transform=_small_pod, on_change=self._child_changed)
-        self._revisions = Reflector(
-            client, REVISIONS, namespace, labels=labels.REVISION_NAME, transform=_small_revision
-        )
+        name = labels.REVISION_NAME
+        self._revisions = Reflector(client, REVISIONS, namespace, name, transform=_small_revision, index=name)
         self._nodes = Reflector(client, NODES, transform=_small_node, on_change=self._node_changed)
         self.reflectors = [self._nodes, self._revisions, self._jobs, self._pods, self._workspaces]
         by_kind = {r.kind: r for r in self.reflectors}
-        self._seen = Seen(by_kind)
+        self._seen = Seen({k: by_kind[k] for k in (WORKSPACES, JOBS)})
         for provisioner in self._provisioners.values():
             provisioner.attach(ClusterView(client, by_kind))
         self._planner = Planner(client, plugins, self._provisioners)
@@ -208,7 +207,7 @@ class WorkspaceController:
     def _observe(self, workspace: Object) -> Observed:
         metadata = workspace["metadata"]
         name, namespace = metadata["name"], metadata["namespace"]
-        pods = tuple(self._pods.by_workspace(namespace, name))
+        pods = tuple(self._pods.indexed(namespace, name))
         bound = {p["spec"]["nodeName"] for p in pods if p.get("spec", {}).get("nodeName")}
         newest = latest(pods)
         observed = Observed(
@@ -216,9 +215,9 @@ class WorkspaceController:
             job=self._seen.get(JOBS, name, namespace),
             pods=pods,
             nodes={n: self._nodes.get(n) for n in bound},
-            revisions=tuple(self._revisions.list(namespace, {labels.REVISION_NAME: name})),
+            revisions=tuple(self._revisions.indexed(namespace, name)),
             progress=self._following.progress(newest) if newest else None,
-            provisioners=frozenset(self._provisioners),
+            provisioners={n: p.holds for n, p in self._provisioners.items()},
         )
         if needs_plan(workspace, observed):
             observed = replace(observed, planned=self._planner(workspace))

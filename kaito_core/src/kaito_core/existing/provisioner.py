@@ -37,6 +37,7 @@ class ExistingNodes(NodeProvisioner):
     """See the module. Everything is read anew at each call, from the cache of the cluster it is attached to."""
 
     name: ClassVar[str] = "existing"
+    holds: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._cluster: Cluster | None = None

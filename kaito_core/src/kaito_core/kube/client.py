@@ -51,6 +51,7 @@ def connect(context: str = "", kubeconfig: str = "", *, user_agent: str = "kaito
     """The cluster of a kubeconfig context, of the current one, or, in a pod, the pod's own.
 
     UserError when there is no such context, or nothing that says where a cluster is. Does not talk to the cluster."""
+    import yaml
     from kubernetes import client as k8s
     from kubernetes import config as loading
     from kubernetes.config.config_exception import ConfigException
@@ -77,7 +78,7 @@ def connect(context: str = "", kubeconfig: str = "", *, user_agent: str = "kaito
             name = "this pod's cluster"
             with suppress(OSError):
                 namespace = (_SERVICE_ACCOUNT / "namespace").read_text().strip()
-    except (ConfigException, OSError, TypeError, AttributeError, KeyError, ValueError) as e:
+    except (ConfigException, yaml.YAMLError, OSError, TypeError, AttributeError, KeyError, ValueError) as e:
         raise UserError(
             f"there is no usable cluster configuration: {e}",
             "set KUBECONFIG or use --kubeconfig; `kubectl config view` shows what there is",

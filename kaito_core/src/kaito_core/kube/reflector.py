@@ -41,8 +41,6 @@ AT_ONCE = 1.0
 AWAY_OR_BUSY = frozenset({0, 429})
 """Answers (none, and "too many requests") after which the cache still holds, and a watch may go on where it was."""
 
-INDEX_LABEL = "kaito.sh/workspace"
-
 log = logging.getLogger("kaito_core.kube.reflector")
 
 
@@ -55,7 +53,8 @@ def without_managed_fields(obj: Object) -> Object:
 class Reflector:
     """See the module. What is in the cache is never changed by anybody: read it, do not write it.
 
-    ``on_change`` is called in the reflector's own thread, after the cache has changed; it should be quick."""
+    ``on_change`` is called in the reflector's own thread, after the cache has changed; it should be quick. ``index`` is the label
+    that objects are found by without looking at all of them."""
 
     def __init__(
         self,
@@ -65,6 +64,7 @@ class Reflector:
         labels: str = "",
         transform: Callable[[Object], Object] = without_managed_fields,
         on_change: OnChange | None = None,
+        index: str = "kaito.sh/workspace",
     ) -> None:
         self.kind = kind
         self.has_synced = False
@@ -76,11 +76,13 @@ class Reflector:
         self._client = client
         self._namespace = namespace
         self._labels = labels
-        self._transform = transform
+        self.transform = transform
+        """What is kept of an object."""
         self._on_change = on_change
         self._at = ""
         """The resource version to watch from; empty when a list has to come first."""
-        self._store = _Store()
+        self._index = index
+        self._store = _Store(index)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._watch: Watch | None = None
@@ -102,10 +104,10 @@ class Reflector:
                 found = [o for objects in self._store.by_name.values() for o in objects.values()]
         return [o for o in found if _has(o, labels)] if labels else found
 
-    def by_workspace(self, namespace: str, name: str) -> Objects:
-        """The objects that carry the label of this Workspace, by name."""
+    def indexed(self, namespace: str, value: str) -> Objects:
+        """The objects whose ``index`` label has this value, by name."""
         with self._lock:
-            found = self._store.by_workspace.get((namespace, name), {})
+            found = self._store.by_label.get((namespace, value), {})
             return [found[n] for n in sorted(found)]
 
     # --- running
@@ -158,9 +160,9 @@ class Reflector:
 
     def _list(self) -> None:
         items, version = self._client.list(self.kind, self._namespace, labels=self._labels)
-        new = _Store()
+        new = _Store(self._index)
         for item in items:
-            new.put(self._transform(item))
+            new.put(self.transform(item))
         with self._lock:
             old, self._store = self._store, new
         self._heard(version)
@@ -200,7 +202,7 @@ class Reflector:
             raise Unreachable(f"watch {self.kind}: the server ended it at once")
 
     def _take(self, event: str, obj: Object) -> None:
-        new = None if event == "DELETED" else self._transform(obj)
+        new = None if event == "DELETED" else self.transform(obj)
         with self._lock:
             old = self._store.pop(obj)
             if new is not None:
@@ -224,11 +226,12 @@ class Reflector:
 
 
 class _Store:
-    """Objects by namespace and name, and by the Workspace that they belong to. Not locked."""
+    """Objects by namespace and name, and by the value of one label. Not locked."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: str) -> None:
+        self._index = index
         self.by_name: dict[str, dict[str, Object]] = {}
-        self.by_workspace: dict[tuple[str, str], dict[str, Object]] = {}
+        self.by_label: dict[tuple[str, str], dict[str, Object]] = {}
 
     def all(self) -> list[Object]:
         return [o for objects in self.by_name.values() for o in objects.values()]
@@ -241,20 +244,20 @@ class _Store:
     def put(self, obj: Object) -> None:
         namespace, name = _place(obj)
         self.by_name.setdefault(namespace, {})[name] = obj
-        workspace = _labels(obj).get(INDEX_LABEL)
-        if workspace:
-            self.by_workspace.setdefault((namespace, workspace), {})[name] = obj
+        value = _labels(obj).get(self._index)
+        if value:
+            self.by_label.setdefault((namespace, value), {})[name] = obj
 
     def pop(self, like: Object) -> Object | None:
         """Take the one with the name of this one out."""
         namespace, name = _place(like)
         old = self.by_name.get(namespace, {}).pop(name, None)
         if old is not None:
-            of_workspace = (namespace, _labels(old).get(INDEX_LABEL, ""))
-            found = self.by_workspace.get(of_workspace, {})
+            key = (namespace, _labels(old).get(self._index, ""))
+            found = self.by_label.get(key, {})
             found.pop(name, None)
             if not found:
-                self.by_workspace.pop(of_workspace, None)
+                self.by_label.pop(key, None)
         return old
 
 

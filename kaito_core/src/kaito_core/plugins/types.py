@@ -294,6 +294,9 @@ class NodeProvisioner(ABC):
     All methods are idempotent and none waits: they start or look, and the reconciler comes back."""
 
     name: ClassVar[str]
+    holds: ClassVar[bool] = True
+    """Whether what it gets has to be given back. If so, the host writes down whom it asks before it asks, and a Workspace is not
+    let go before `release` says ``absent``."""
 
     def attach(self, cluster: Cluster) -> None:  # noqa: B027 – only those that need a cluster say so
         """Called once, before anything else, by a host that works on a cluster. Does no I/O."""

@@ -10,11 +10,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kaito_core.plugins.types import Configuration, Preset
 from kaito_core.problems import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +68,14 @@ class TuningJob:
     secrets: Secrets = field(default_factory=lambda: Secrets())
 
     def to_json(self) -> str:
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(TuningJob).dump_json(self, indent=2).decode()
+        return _schema().dump_json(self, indent=2).decode()
 
     @staticmethod
     def from_json(text: str | bytes) -> TuningJob:
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            return TypeAdapter(TuningJob).validate_json(text)
+            return _schema().validate_json(text)
         except ValidationError as e:
             raise UserError(f"the job file is not what this version of kaito writes: {e.errors()[0]['msg']}",
                             "plan the workspace again with the version that runs it") from e  # fmt: skip
@@ -86,6 +88,14 @@ class TuningJob:
             raise UserError("no job to work on: the environment variable KAITO_JOB does not name a file",
                             "stages are started by `kaito run` or by the controller")  # fmt: skip
         return TuningJob.from_json(Path(path).read_bytes())
+
+
+@cache
+def _schema() -> TypeAdapter[TuningJob]:
+    """Made once: that takes milliseconds, and a controller writes a job for every Workspace."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TuningJob)
 
 
 def digest_of(*parts: Any) -> str:

@@ -13,7 +13,7 @@ WAIT = 15.0
 
 
 def accept(case: Case) -> bool:
-    """Whether there is a plan, a finalizer and a revision to go on with."""
+    """Whether there is a plan to go on with; the revision is on its way into the history."""
     refusal, problems = case.observed.planned.refusal, case.observed.planned.problems
     if refusal is not None:
         waiting = refusal in WAITING
@@ -27,11 +27,6 @@ def accept(case: Case) -> bool:
         give_up(case, "Refused", message)
         if refusal in ("ConfigMapMissing", "SecretMissing"):
             case.look_again(WAIT)
-        return False
-    if not case.has_finalizer:
-        # Before the first effect outside: from here on, deleting the Workspace waits until everything is given back.
-        case.finalizer = True
-        case.again = True
         return False
     case.set(conditions.ACCEPTED, "True", "Planned", "")
     case.status.pop("finishedRevision", None)  # of an earlier revision: from here on it can be run again

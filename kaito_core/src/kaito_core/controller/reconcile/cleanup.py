@@ -21,16 +21,8 @@ def cleanup(case: Case) -> None:
     case.set(conditions.WORKSPACE_DELETING, "True", "workspaceDeleted", "giving back what was got for it")
     if case.job is not None and "deletionTimestamp" not in case.job["metadata"]:
         case.delete.append(Deletion(JOBS, case.job["metadata"]["name"], case.job["metadata"]["uid"]))
-    left = [p for p in _asked(case) if not _gone(case, p)]
-    if not left:
+    if case.attempt is None or _gone(case, str(case.attempt["provisioner"])):
         case.finalizer = False
-
-
-def _asked(case: Case) -> list[str]:
-    """Who may hold machines for it. A crash may have come between asking and noting whom: then all of them are asked."""
-    if case.attempt is not None:
-        return [str(case.attempt["provisioner"])]
-    return sorted(case.observed.provisioners)
 
 
 def _gone(case: Case, provisioner: str) -> bool:
@@ -43,5 +35,4 @@ def _gone(case: Case, provisioner: str) -> bool:
             case.note("Warning", "ProvisionerMissing", message)
         case.look_again(MISSING)
         return False
-    # One question at a time: while one is open, the others wait for the next round.
-    return case.ask is None and given_back(case, provisioner)
+    return given_back(case, provisioner)

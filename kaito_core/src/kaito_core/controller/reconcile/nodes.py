@@ -38,11 +38,18 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     ask = Ensure(offer.provisioner, request)
     status = case.observed.asked.get(ask.key)
     if status is None:
-        case.ask = ask
+        if case.observed.provisioners.get(offer.provisioner, True) and not _written(case):
+            # Before the first effect outside: from here on, deleting the Workspace waits until everything is given back, and
+            # whoever comes after a crash knows whom we asked.
+            case.finalizer = True if not case.has_finalizer else None
+            case.again = True
+        else:
+            case.ask = ask
         return None
     case.status["targetNodeCount"] = request.requirements.count
     if status.phase == "ready":
-        case.status["workerNodes"] = list(status.nodes)
+        if len(status.nodes) == request.requirements.count:  # else the scheduler takes its pick
+            case.status["workerNodes"] = list(status.nodes)
         case.set(conditions.NODES_READY, "True", "NodesReady", "")
         case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
         return status
@@ -52,6 +59,12 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     _pending(case, status.message or f"waiting for {offer}")
     case.look_again(POLL)
     return None
+
+
+def _written(case: Case) -> bool:
+    """Whether the API server has this attempt, and holds the Workspace for it."""
+    written = (case.workspace.get("status") or {}).get("attempts") or []
+    return case.has_finalizer and len(written) == len(case.attempts) and not written[-1].get("ended")
 
 
 def next_candidate(case: Case, plan: Plan) -> Candidate | None:

@@ -61,8 +61,8 @@ class Observed:
     asked: Mapping[str, NodeStatus] = field(default_factory=dict)
     """What the provisioners answered in this very reconcile, by `Ensure.key` and `Release.key`."""
     progress: PodProgress | None = None
-    provisioners: frozenset[str] = frozenset()
-    """Names of those that are installed."""
+    provisioners: Mapping[str, bool] = field(default_factory=dict)
+    """Those that are installed, by name: whether what they get has to be given back."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def outcome(case: Case, job: Object) -> None:
 def _running(case: Case, pods: list[Object], pod: Object | None, now: Trouble | None) -> None:
     before = [t for p in pods[:-1] if (t := trouble(p)) is not None]
     again = f"try {len(pods)}; before it: {before[-1].message}" if before else ""
-    _about_nodes(case, pod)
+    if pod is not None and (started(pod) or now is not None):  # before that, nothing has happened on its node
+        _about_nodes(case, pod)
     if pod is not None and started(pod) and now is None:
         if case.set(conditions.JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted", again) and before:
             case.note("Warning", before[-1].reason, f"{before[-1].message}; the job goes on")
@@ -67,8 +68,8 @@ def _running(case: Case, pods: list[Object], pod: Object | None, now: Trouble | 
     case.state("Running" if before or (pod is not None and started(pod)) else "Pending")
 
 
-def _about_nodes(case: Case, pod: Object | None) -> None:
-    name = pod.get("spec", {}).get("nodeName", "") if pod is not None else ""
+def _about_nodes(case: Case, pod: Object) -> None:
+    name = pod.get("spec", {}).get("nodeName", "")
     if not name or name not in case.observed.nodes:
         return
     if list(case.status.get("workerNodes", ())) != [name]:
