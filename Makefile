@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test test-fast lint docs manifests bench clean
+.PHONY: help setup quickstart test test-node test-fast lint docs manifests bench clean
 
 help:
 	@echo "make quickstart   set up, then tune a small model for real on this machine (minutes, CPU, no account)"
-	@echo "make test         set up, then run all tests"
-	@echo "make test-fast    the same without those that train a model"
+	@echo "make test         set up, then run the tests: all but those of the next line"
+	@echo "make test-node    the way from building the images to an adapter, on a real Kubernetes node (Linux, root)"
+	@echo "make test-fast    make test without what trains a model or takes long in another way"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make docs         write the generated pages of docs/reference again"
 	@echo "make manifests    write again what the chart and 'kaito install' generate (needs helm)"
@@ -21,10 +22,13 @@ quickstart: setup
 	$(BIN)/kaito run --local --yes examples/quickstart.yaml
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not node"
+
+test-node: setup
+	$(BIN)/pytest -m node
 
 test-fast: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not node"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,6 +45,7 @@ manifests: setup
 bench: setup
 	$(BIN)/python benchmarks/cli.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/controller.py
 
 clean:
 	rm -rf .venv quickstart-output
