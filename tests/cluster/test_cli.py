@@ -358,7 +358,7 @@ def test_standalone_looks_after_the_workspace_and_gives_everything_back(
         time.sleep(0.1)
     run.interrupt()
     assert f"nobody looks after {team.namespace}/small now" in run.ends(130)
-    assert team.cloud.provisioner().held
+    assert team.cloud.provisioner().machines
 
     refused = kaito("delete", "small")
     assert refused.returncode == 2

@@ -263,7 +263,7 @@ def all_is_well(world: World, names: list[str]) -> None:
                 "image": wanted, "digest": "sha256:abc", "evalLossBefore": 3.0, "evalLossAfter": 1.0
             }  # fmt: skip
     cloud = world.cloud.provisioner()
-    world.until("all machines given back", lambda: not cloud.held)
+    world.until("all machines given back", lambda: not cloud.machines)
     assert not [n for n in world.client.list(NODES)[0] if n["metadata"]["labels"].get(labels.WORKSPACE_NAMESPACE) == world.namespace]  # fmt: skip
     assert set(world.bought().values()) == {1}, "two machines for one wish"
     left = {j["metadata"]["name"] for j in world.client.list(JOBS, world.namespace)[0]}
@@ -371,7 +371,7 @@ def test_deleted_while_the_cloud_hangs(world: World) -> None:
     world.until("the question", lambda: world.cloud.provisioner().calls("ensure"))
     world.remove("one-delete")
     world.until("its end", lambda: world.get("one-delete") is None)
-    world.until("all machines given back", lambda: not world.cloud.provisioner().held)
+    world.until("all machines given back", lambda: not world.cloud.provisioner().machines)
 
 
 def test_the_next_offer_when_the_first_cannot_be_had(world: World) -> None:

@@ -70,9 +70,9 @@ def test_released_is_gone_when_it_says_so() -> None:
     assert fake.release("ws1").phase == "releasing"
     assert fake.observe("ws1").phase == fake.ensure(request()).phase == "releasing"
     assert not fake.leaks()
-    assert fake.held
+    assert fake.machines
     assert fake.release("ws1").phase == fake.release("ws1").phase == "absent"
-    assert not fake.held
+    assert not fake.machines
     fake.ensure(request())
     assert (fake.bought, fake.most) == (["small", "small"], 1)
 
@@ -108,7 +108,7 @@ def test_a_lost_answer_is_of_a_call_that_was_carried_out() -> None:
     fake.lose_answer(call="release")
     with pytest.raises(Transient):
         fake.release("ws1")
-    assert not fake.held
+    assert not fake.machines
 
 
 def test_a_crash_passes_whatever_forgives_a_broken_plugin() -> None:
@@ -139,14 +139,14 @@ def test_whoever_opens_the_log_sees_the_same_cloud(calls: list[tuple[str, str]])
     for call, name in calls:
         if call == "restart":
             again = cloud(log=log, ready_after=1, gone_after=1)
-            assert again.held == fake.held
+            assert again.machines == fake.machines
             fake = again
         elif call == "ensure":
             fake.ensure(request(name))
         else:
             getattr(fake, call)(name)
     released = sum(e["event"] == "released" for e in fake.events)
-    assert len(fake.bought) == released + len(fake.held)
+    assert len(fake.bought) == released + len(fake.machines)
 
 
 # --- in a process of its own

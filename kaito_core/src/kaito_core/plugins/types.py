@@ -219,8 +219,21 @@ class Requirements:
     """What a workspace asks of a machine; empty means anything."""
 
     instance_types: tuple[str, ...] = ()
+    """Only these, the most wanted first."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the nodes to use; new nodes get them."""
     count: int = 1
+    gpu_model: str = ""
+    """As in the catalogue, or the beginning of it: ``A100`` is every A100."""
+    gpus: int = 0
+    """At least so many per machine."""
+    gpu_memory: int = 0
+    """At least so many usable bytes per GPU."""
+    capacity_types: tuple[CapacityType, ...] = ("on-demand",)
+    regions: tuple[str, ...] = ()
+    zones: tuple[str, ...] = ()
+    max_price_per_hour: float | None = None
+    """US dollars for one machine. An offer of unknown price is not below it."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +244,22 @@ class NodeRequest:
     offer: Offer
     requirements: Requirements
     tags: Mapping[str, str] = field(default_factory=dict)
+    """Who it is for: `kaito_core.api.labels.WORKSPACE` and ``WORKSPACE_NAMESPACE``. New nodes have them as labels, and what is
+    bought has them as tags, so that `NodeProvisioner.held` can tell."""
+    also: tuple[Offer, ...] = ()
+    """Other offers of the same provisioner on which the job runs in just the same way. A provisioner whose cloud can choose may ask
+    for all of them at once; any other leaves them alone."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a provisioner has got and not given back."""
+
+    request_id: str
+    tags: Mapping[str, str]
+    """As in the request."""
+    age: float
+    """Seconds since it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +298,11 @@ class Unsupported(ProvisioningError):
 class Transient(ProvisioningError):
     """It may work in a moment: tried again with back-off."""
 
+    def __init__(self, message: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds that the cloud asks to wait; None when it says nothing of it."""
+
 
 class Cluster(Protocol):
     """The cluster that a provisioner works for. Nodes are read from the host's cache; everything is a plain dict."""
@@ -297,6 +331,8 @@ class NodeProvisioner(ABC):
     holds: ClassVar[bool] = True
     """Whether what it gets has to be given back. If so, the host writes down whom it asks before it asks, and a Workspace is not
     let go before `release` says ``absent``."""
+    patience: ClassVar[float] = 1800.0
+    """Seconds that a request may be ``pending`` before it is given up and the next offer is tried."""
 
     def attach(self, cluster: Cluster) -> None:  # noqa: B027 – only those that need a cluster say so
         """Called once, before anything else, by a host that works on a cluster. Does no I/O."""
@@ -316,6 +352,11 @@ class NodeProvisioner(ABC):
     @abstractmethod
     def release(self, request_id: str) -> NodeStatus:
         """Start giving the machines back; ``absent`` once the cloud says that they are gone."""
+
+    def held(self) -> Iterable[Held]:
+        """Everything that it has got for Workspaces of this cluster and not given back, whatever has failed in between. The host
+        compares it with what Workspaces want, and releases the rest. Provisioners that hold nothing need not say so."""
+        return ()
 
 
 # --- tuning and serving -----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from kaito_core.existing.node import COUNT, INSTANCE_TYPE, MEMORY, PRODUCT
 from kaito_core.kube.kinds import NODES, Object
 from kaito_core.plugins import types
 from kaito_core.plugins.types import (
+    Held,
     NodeProvisioner,
     NodeRequest,
     NodeStatus,
@@ -44,7 +45,7 @@ REQUEST = "testing.kaito.sh/request"
 Event = dict[str, Any]
 """One line of the log: ``event`` is called, fault, bought, broken, looked, joined, leaving or released; ``id`` whose it is."""
 
-Call = Literal["offers", "ensure", "observe", "release"]
+Call = Literal["offers", "ensure", "observe", "release", "held"]
 
 
 class Crash(BaseException):
@@ -85,6 +86,9 @@ class Machine:
     id: str
     offer: str
     nodes: tuple[str, ...]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    bought: float = 0.0
+    """When; seconds since the epoch."""
     looks: int = 0
     """How often it was asked for since it was sold."""
     joined: bool = False
@@ -209,7 +213,7 @@ class FakeProvisioner(NodeProvisioner):
         return [e["offer"] for e in self.events if e["event"] == "bought" for _ in e["nodes"]]
 
     @property
-    def held(self) -> dict[str, Machine]:
+    def machines(self) -> dict[str, Machine]:
         """What is sold and not gone, by request id."""
         with self._log.locked():
             return dict(self._now().machines)
@@ -226,7 +230,7 @@ class FakeProvisioner(NodeProvisioner):
 
     def leaks(self) -> list[str]:
         """What was bought and whose release nobody has asked for, in words; empty is good at the end of a test."""
-        return [f"{m.id}: {len(m.nodes)}×{m.offer}" for m in self.held.values() if m.leaving is None]
+        return [f"{m.id}: {len(m.nodes)}×{m.offer}" for m in self.machines.values() if m.leaving is None]
 
     # --- the contract
 
@@ -241,7 +245,13 @@ class FakeProvisioner(NodeProvisioner):
             if machine is not None and machine.leaving is not None:
                 return _status(machine, "releasing", "it is being given back")
             if machine is None:
-                self._note("bought", request.id, offer=request.offer.instance_type, nodes=_names(request))
+                self._note(
+                    "bought",
+                    request.id,
+                    offer=request.offer.instance_type,
+                    nodes=_names(request),
+                    tags=dict(request.tags),
+                )
                 if fault is not None and fault.kind == "broken":
                     self._note("broken", request.id, error=fault.error, message=fault.message)
             self._note("looked", request.id)
@@ -270,6 +280,11 @@ class FakeProvisioner(NodeProvisioner):
                 self._kube.delete(NODES, node)
             self._note("released", request_id)
             return NodeStatus(request_id, "absent")
+
+    def held(self) -> Iterable[Held]:
+        with self._call("held", ""):
+            now = time.time()
+            return [Held(m.id, m.tags, now - m.bought) for m in self._now().machines.values()]
 
     # --- how a call goes
 
@@ -338,7 +353,9 @@ class _State:
         machine = self.machines.get(event["id"])
         match event["event"]:
             case "bought":
-                self.machines[event["id"]] = Machine(event["id"], event["offer"], tuple(event["nodes"]))
+                self.machines[event["id"]] = Machine(
+                    event["id"], event["offer"], tuple(event["nodes"]), event["tags"], event["time"]
+                )
                 self.most = max(self.most, len(self.machines))
             case "released":
                 self.machines.pop(event["id"], None)
