@@ -462,5 +462,6 @@ def test_upgrade_and_uninstall_leave_the_workspaces(system: System) -> None:
     assert len(system.get("workspaces.kaito.sh")["items"]) >= 4
     system.run("uninstall")
     assert "workspaces.kaito.sh" in system.kubectl("get", "crds", "-o", "name")
-    assert not system.get("pods", "", "-l", "kaito.sh/workspace")["items"]
+    # What a Workspace owned goes with it, and Kubernetes takes its time for that.
+    system.until("the end of all pods", lambda: not system.get("pods", "", "-l", "kaito.sh/workspace")["items"])
     system.kubectl("-n", "kaito-system", "wait", "--for=delete", "pod", "--all", "--timeout=120s")

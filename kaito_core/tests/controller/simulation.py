@@ -12,7 +12,7 @@ from typing import Any
 from kaito_core.api import labels, read_workspace
 from kaito_core.controller.reconcile.decide import decide
 from kaito_core.controller.reconcile.decision import Decision, Ensure, Release
-from kaito_core.controller.reconcile.observed import Observed, Planned, World
+from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, World
 from kaito_core.controller.settings import Settings
 from kaito_core.kube.kinds import JOBS, Kind, Object
 from kaito_core.planning.plan import Catalog, plan
@@ -113,7 +113,7 @@ class Simulation:
             job=self.objects.get((JOBS, "one")),
             pods=tuple(self.pods),
             revisions=revisions,
-            provisioners={"cloud": self.holds},
+            provisioners={"cloud": Installed(self.holds)},
         )
 
     def act(self, decision: Decision) -> None:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kaito_core.controller.reconcile.decide import decide
 from kaito_core.controller.reconcile.diagnosis import trouble
-from kaito_core.controller.reconcile.observed import Observed, Planned, Refusal
+from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, Refusal
 from kaito_core.controller.reconcile.outcome import PATIENCE
 from kaito_core.plugins.types import InsufficientCapacity, NotAuthorized, QuotaExceeded, Transient
 from kaito_core.problems import Problem
@@ -58,7 +58,7 @@ def ready() -> Simulation:
 )
 def test_what_cannot_be_run_is_said_and_nothing_is_asked_for(refusal: Refusal, reason: str, state: str) -> None:
     problem = Problem("unknown preset 'phi-33'", "did you mean phi-3?", "tuning.preset.name")
-    observed = Observed(START, planned=Planned(None, refusal, (problem,)), provisioners={"cloud": True})
+    observed = Observed(START, planned=Planned(None, refusal, (problem,)), provisioners={"cloud": Installed()})
     decision = decide(workspace_object(), observed, WORLD)
     assert decision.finalizer is None
     assert decision.ask is None
@@ -324,7 +324,7 @@ def test_a_crash_right_after_asking_leaves_no_machine() -> None:
 def test_a_workspace_whose_provisioner_was_uninstalled_waits_and_says_so() -> None:
     simulation = ready()
     simulation.remove()
-    observed = replace(simulation.observe(), provisioners={"other": True})
+    observed = replace(simulation.observe(), provisioners={"other": Installed()})
     assert simulation.workspace is not None
     decision = decide(simulation.workspace, observed, WORLD)
     assert decision.finalizer is None

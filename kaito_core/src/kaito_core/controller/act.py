@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+import time
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kaito_core.api import labels
 from kaito_core.controller.reconcile.decision import Decision, Ensure, Release
@@ -102,10 +103,27 @@ def _nulls(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return patch
 
 
-def ask(provisioners: dict[str, NodeProvisioner], question: Ensure | Release) -> NodeStatus:
+class CallMetrics(Protocol):
+    """Told how calls of node provisioners went; ``result`` is a phase, or the name of a failure."""
+
+    def called(self, provisioner: str, method: str, result: str, seconds: float) -> None: ...
+
+
+def ask(
+    provisioners: dict[str, NodeProvisioner], question: Ensure | Release, metrics: CallMetrics | None = None
+) -> NodeStatus:
     """A provisioner's answer. What it raises becomes a failed answer: one broken plugin fails only what depends on it."""
+    began = time.monotonic()
+    answer = _answer(provisioners[question.provisioner], question)
+    if metrics:
+        method = "ensure" if isinstance(question, Ensure) else "release"
+        result = type(answer.failure).__name__ if answer.failure else answer.phase
+        metrics.called(question.provisioner, method, result, time.monotonic() - began)
+    return answer
+
+
+def _answer(provisioner: NodeProvisioner, question: Ensure | Release) -> NodeStatus:
     request_id = question.request.id if isinstance(question, Ensure) else question.request_id
-    provisioner = provisioners[question.provisioner]
     # A release that failed is tried again, whatever it failed for.
     phase: Literal["failed", "releasing"] = "failed" if isinstance(question, Ensure) else "releasing"
     try:

@@ -51,6 +51,7 @@ class Metrics:
         call = ("provisioner", "method", "result")
         self._calls = counter("kaito_provisioner_calls_total", "Calls of node provisioners.", *call)
         self._call_time = seconds("kaito_provisioner_call_seconds", "Duration of a call.", *call)
+        self._swept = counter("kaito_orphans_released_total", "Machines that nobody wanted.", "provisioner")
         ProcessCollector(registry=self.registry)
 
     # --- the queue
@@ -107,6 +108,10 @@ class Metrics:
     def called(self, provisioner: str, method: str, result: str, seconds: float) -> None:
         self._calls.labels(provisioner, method, result).inc()
         self._call_time.labels(provisioner, method, result).observe(seconds)
+
+    def swept(self, provisioner: str) -> None:
+        """A machine that nobody wanted was released."""
+        self._swept.labels(provisioner).inc()
 
     def count_workspaces(self, by_state: Callable[[], dict[str, int]]) -> None:
         """``kaito_workspace_count{phase}``, counted when somebody asks."""

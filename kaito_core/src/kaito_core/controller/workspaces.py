@@ -23,15 +23,17 @@ from kaito_core.controller.planner import Planner, cluster_provisioners
 from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decide import decide, needs_plan
 from kaito_core.controller.reconcile.diagnosis import latest
-from kaito_core.controller.reconcile.observed import Observed, World
+from kaito_core.controller.reconcile.observed import Installed, Observed, World
 from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.controller.seen import Seen
 from kaito_core.controller.settings import Settings
+from kaito_core.controller.sweep import Sweep
 from kaito_core.kube.errors import ApiError, Conflict
 from kaito_core.kube.events import Recorder
 from kaito_core.kube.kinds import JOBS, NODES, PODS, REVISIONS, WORKSPACES, Kind, Object
 from kaito_core.kube.reflector import Reflector
 from kaito_core.kube.workqueue import WorkQueue
+from kaito_core.plugins.types import Held
 from kaito_core.problems import Failure
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ class WorkspaceController:
         self._names = frozenset(names)
         self._clock = clock
         self._provisioners = cluster_provisioners(plugins)
+        self._installed = {n: Installed(p.holds, p.patience) for n, p in self._provisioners.items()}
         self._world = World(settings, lambda workspace, plan: plugins.workload(workspace, plan.workload))
         self.queue = WorkQueue("workspace", metrics=metrics)
         ours = {"namespace": namespace, "labels": labels.WORKSPACE}
@@ -111,8 +114,16 @@ class WorkspaceController:
         self._recorder = Recorder(client, "kaito-controller")
         self._actor = Actor(client, self._seen, self._recorder)
         self._following = Following(client, self._pods.list, self._pod_moved)
+        self._sweep = Sweep(
+            {n: p for n, p in self._provisioners.items() if p.holds},
+            lambda namespace, name: client.get(WORKSPACES, name, namespace),
+            self._swept,
+            namespace,
+        )
         self._loop: Controller | None = None
         self._metrics = metrics
+        if metrics:
+            client.on_answer = metrics.requested
 
     # --- running
 
@@ -133,10 +144,13 @@ class WorkspaceController:
             self._enqueue(workspace)
         self._following.start()
         loop.start()
+        if not self._names:  # who looks after single Workspaces knows nothing of the others
+            self._sweep.start()
 
     def stop(self, timeout: float = 30.0) -> None:
         """End what is being done, and do nothing more."""
         self._following.stop()
+        self._sweep.stop()
         if self._loop is not None:
             self._loop.stop(timeout)
         for reflector in self.reflectors:
@@ -146,6 +160,10 @@ class WorkspaceController:
         """How many Workspaces there are by state."""
         states = Counter(str(w.get("status", {}).get("state", "Pending")) for w in self._workspaces.list())
         return dict(states)
+
+    def _swept(self, provisioner: str, held: Held) -> None:
+        if self._metrics:
+            self._metrics.swept(provisioner)
 
     # --- what changed
 
@@ -195,7 +213,7 @@ class WorkspaceController:
         for _ in range(ROUNDS):
             decision = decide(workspace, observed, self._world)
             if decision.ask is not None:
-                answer = ask(self._provisioners, decision.ask)
+                answer = ask(self._provisioners, decision.ask, self._metrics)
                 observed = replace(observed, asked={**observed.asked, decision.ask.key: answer})
                 continue
             workspace = self._actor.act(workspace, decision)
@@ -209,6 +227,7 @@ class WorkspaceController:
         name, namespace = metadata["name"], metadata["namespace"]
         pods = tuple(self._pods.indexed(namespace, name))
         bound = {p["spec"]["nodeName"] for p in pods if p.get("spec", {}).get("nodeName")}
+        bound.update((workspace.get("status") or {}).get("workerNodes", ()))
         newest = latest(pods)
         observed = Observed(
             now=self._clock(),
@@ -217,7 +236,7 @@ class WorkspaceController:
             nodes={n: self._nodes.get(n) for n in bound},
             revisions=tuple(self._revisions.indexed(namespace, name)),
             progress=self._following.progress(newest) if newest else None,
-            provisioners={n: p.holds for n, p in self._provisioners.items()},
+            provisioners=self._installed,
         )
         if needs_plan(workspace, observed):
             observed = replace(observed, planned=self._planner(workspace))

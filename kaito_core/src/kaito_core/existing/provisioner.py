@@ -6,6 +6,7 @@ here names the node and the label."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -38,6 +39,8 @@ class ExistingNodes(NodeProvisioner):
 
     name: ClassVar[str] = "existing"
     holds: ClassVar[bool] = False
+    patience: ClassVar[float] = math.inf
+    """A node that is being mended, or a label that is to come, takes as long as it takes, and costs nothing more."""
 
     def __init__(self) -> None:
         self._cluster: Cluster | None = None

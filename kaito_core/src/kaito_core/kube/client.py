@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,8 @@ class Client:
         self.namespace = namespace
         """Of the context: where things go that say nothing else."""
         self.host = str(api.configuration.host)
+        self.on_answer: Callable[[int, str, str], None] | None = None
+        """Told of every answer: the HTTP status (0: there was none), the method, the host."""
 
     # --- reading
 
@@ -304,20 +306,24 @@ class Client:
             )
             try:
                 response = self._api.call_api(method, url, headers, body=body, _request_timeout=(CONNECT_SECONDS, read))
+                self._answered(response.status, method)
                 if 200 <= response.status < 300:
                     return response
                 said = self._all(response, what)
-            except OSError as e:
-                raise self._unreachable(what, e) from e
             except Exception as e:
                 if not _of_the_network(e):
                     raise
+                self._answered(0, method)
                 raise self._unreachable(what, e) from e
             error = error_of(response.status, said, what, retry_after=response.headers.get("Retry-After", ""))
             if not isinstance(error, TooManyRequests) or attempt == POLITE:
                 raise error
             time.sleep(min(error.retry_after, LONGEST_WAIT))
         raise AssertionError("not reached")
+
+    def _answered(self, status: int, method: str) -> None:
+        if self.on_answer is not None:
+            self.on_answer(status, method, self.host)
 
     def _all(self, response: Any, what: str) -> bytes:
         try:

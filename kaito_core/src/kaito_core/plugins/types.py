@@ -273,6 +273,10 @@ class NodeStatus:
     """Labels that these nodes, and any that take their place, have and no others: what a pod's node affinity asks for."""
     message: str = ""
     failure: ProvisioningError | None = None
+    offer: Offer | None = None
+    """Which of the offers that were asked for it has become; None: the request's own."""
+    asked: tuple[Offer, ...] = ()
+    """Those of `NodeRequest.also` that were really asked for: when it has failed, they have too."""
 
 
 class ProvisioningError(Exception):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -100,12 +100,8 @@ class Case:
 
     @property
     def request_id(self) -> str:
-        """The name of the present wish for machines: the same until its attempt has ended, whatever crashes in between.
-
-        Eleven characters, a letter first: the form that agent pools of AKS are limited to.
-        """
-        number = sum(1 for a in self.attempts if a.get("ended"))
-        return "ws" + hashlib.sha256(f"{self.uid}/{number}".encode()).hexdigest()[:9]
+        """The name of the present wish for machines: the same until its attempt has ended, whatever crashes in between."""
+        return request_id(self.uid, self.attempts)
 
     def end_attempt(self, reason: str, message: str) -> None:
         if self.attempt is not None:
@@ -171,8 +167,21 @@ class Case:
         )
 
 
+def request_id(uid: str, attempts: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the wish for machines that comes after the attempts that have ended.
+
+    Eleven characters, a letter first: the form that agent pools of AKS are limited to."""
+    number = sum(1 for a in attempts if a.get("ended"))
+    return "ws" + hashlib.sha256(f"{uid}/{number}".encode()).hexdigest()[:9]
+
+
 def _short(message: str) -> str:
     return message if len(message) <= SHOWN else message[: SHOWN - 1] + "…"
+
+
+def seconds(time: str) -> float:
+    """A time as Kubernetes writes it, in seconds since the epoch."""
+    return datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp()
 
 
 def words(problems: Any) -> str:

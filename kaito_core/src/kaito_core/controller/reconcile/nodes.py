@@ -1,24 +1,43 @@
-"""Second phase: machines to run on. Asks one provisioner at a time, and goes to the next offer when one cannot be had."""
+"""Second phase: machines to run on. Asks one provisioner at a time, and goes to the next offer when one cannot be had.
+
+what the provisioner says      what follows
+InsufficientCapacity           given back, then the next offer
+QuotaExceeded, Unsupported     the same
+nothing for too long           the same (``TimedOut``, after the provisioner's own patience)
+Transient                      the same offer again, later each time
+NotAuthorized                  the end: no other offer would change that
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kaito_core.api import conditions, labels
-from kaito_core.controller.reconcile.case import Case
+from kaito_core.controller.reconcile.case import SHOWN, Case, seconds
 from kaito_core.controller.reconcile.decision import Ensure, Release
+from kaito_core.controller.reconcile.observed import Installed
 from kaito_core.planning.plan import Candidate, Plan, requirements
 from kaito_core.plugins.types import NodeRequest, NodeStatus, NotAuthorized, Offer, Transient
 
 POLL = 5.0
 """Seconds between two looks at machines that are on their way; a Node that joins is noticed at once."""
 
-TRY_AGAIN = 20.0
-"""Seconds until something is tried again that the provisioner says may work in a moment."""
+SOONEST, LATEST = 5.0, 120.0
+"""Seconds until something is tried again that the provisioner says may work in a moment: half as long as it has been tried by
+then, which doubles from time to time, within these bounds."""
+
+GIVEN_UP = frozenset({"InsufficientCapacity", "QuotaExceeded", "Unsupported", "TimedOut"})
+"""How an attempt ends after which the next offer is tried."""
+
+NOT_AUTHORIZED = NotAuthorized.__name__
+"""How an attempt ends after which nothing is tried."""
 
 
 def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     """The machines, once they are ready; None while they are not, with everything said and asked that there is."""
+    if case.attempt is not None and case.attempt.get("reason"):
+        give_up(case, case.attempt["reason"], case.attempt.get("message", ""))  # begun before, and not at its end yet
+        return None
     candidate = next_candidate(case, plan)
     if case.attempt is not None and (candidate is None or not _same(case.attempt, candidate.offer)):
         # What was asked for is not offered any more. It is given back first: nothing may be held at two places.
@@ -27,18 +46,16 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     if candidate is None:
         _none_left(case)
         return None
-    offer = candidate.offer
-    request = NodeRequest(
-        case.request_id, offer, requirements(plan.workspace), {labels.WORKSPACE: case.name, labels.WORKSPACE_NAMESPACE: case.namespace}
-    )  # fmt: skip
+    also = _alternatives(case, plan, candidate)
     if case.attempt is None:
-        about = {"started": case.time, "revision": case.history.current.number}
-        price = {"pricePerHour": offer.price.per_hour} if offer.price else {}
-        case.attempts.append(_attempt(offer) | about | price)
-    ask = Ensure(offer.provisioner, request)
+        begun = {"started": case.time, "revision": case.history.current.number}
+        case.attempts.append(_attempt(candidate.offer) | _price(candidate.offer) | begun)
+    tags = {labels.WORKSPACE: case.name, labels.WORKSPACE_NAMESPACE: case.namespace}
+    request = NodeRequest(case.request_id, candidate.offer, requirements(plan.workspace), tags, also)
+    ask = Ensure(candidate.offer.provisioner, request)
     status = case.observed.asked.get(ask.key)
     if status is None:
-        if case.observed.provisioners.get(offer.provisioner, True) and not _written(case):
+        if _installed(case, candidate.offer).holds and not _written(case):
             # Before the first effect outside: from here on, deleting the Workspace waits until everything is given back, and
             # whoever comes after a crash knows whom we asked.
             case.finalizer = True if not case.has_finalizer else None
@@ -48,23 +65,21 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
         return None
     case.status["targetNodeCount"] = request.requirements.count
     if status.phase == "ready":
-        if len(status.nodes) == request.requirements.count:  # else the scheduler takes its pick
-            case.status["workerNodes"] = list(status.nodes)
-        case.set(conditions.NODES_READY, "True", "NodesReady", "")
-        case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
+        _ready(case, request, status)
         return status
     if status.phase == "failed":
         _failed(case, request, status)
         return None
-    _pending(case, status.message or f"waiting for {offer}")
-    case.look_again(POLL)
+    if status.phase == "releasing":
+        give_up(case, "Lost", status.message or "it is being taken away")
+        return None
+    _pending(case, status.message or f"waiting for {candidate.offer}")
+    if not _out_of_patience(case, request, status.message):
+        case.look_again(POLL)
     return None
 
 
-def _written(case: Case) -> bool:
-    """Whether the API server has this attempt, and holds the Workspace for it."""
-    written = (case.workspace.get("status") or {}).get("attempts") or []
-    return case.has_finalizer and len(written) == len(case.attempts) and not written[-1].get("ended")
+# --- which
 
 
 def next_candidate(case: Case, plan: Plan) -> Candidate | None:
@@ -75,11 +90,21 @@ def next_candidate(case: Case, plan: Plan) -> Candidate | None:
         if going_on:
             return going_on[0]
     tried = _given_up(case)
-    return next((c for c in usable if not any(_same(a, c.offer) for a in tried)), None)
+    return next((c for c in usable if not any(_covers(a, c.offer) for a in tried)), None)
 
 
-GIVEN_UP = frozenset({"InsufficientCapacity", "QuotaExceeded", "Unsupported"})
-"""How an attempt ends after which the next offer is tried."""
+def _alternatives(case: Case, plan: Plan, candidate: Candidate) -> tuple[Offer, ...]:
+    """Offers of the same provisioner on which the job runs in just the same way, and that have not been tried."""
+    offer, tried = candidate.offer, _given_up(case)
+    return tuple(
+        c.offer
+        for c in plan.candidates
+        if not c.rejected
+        and c is not candidate
+        and (c.offer.provisioner, c.offer.gpus) == (offer.provisioner, offer.gpus)
+        and c.fit.configuration == candidate.fit.configuration
+        and not any(_covers(a, c.offer) for a in tried)
+    )
 
 
 def _given_up(case: Case) -> list[dict[str, Any]]:
@@ -96,8 +121,41 @@ def _attempt(offer: Offer) -> dict[str, Any]:
     }
 
 
+def _price(offer: Offer) -> dict[str, Any]:
+    return {"pricePerHour": offer.price.per_hour} if offer.price else {}
+
+
 def _same(attempt: dict[str, Any], offer: Offer) -> bool:
     return all(attempt.get(k, "") == v for k, v in _attempt(offer).items())
+
+
+def _covers(attempt: dict[str, Any], offer: Offer) -> bool:
+    """Whether this offer was asked for in that attempt."""
+    named = (attempt.get("instanceType"), *attempt.get("alternatives", ()))
+    return _same({**attempt, "instanceType": offer.instance_type}, offer) and offer.instance_type in named
+
+
+def _installed(case: Case, offer: Offer) -> Installed:
+    return case.observed.provisioners.get(offer.provisioner, Installed())
+
+
+def _written(case: Case) -> bool:
+    """Whether the API server has this attempt, and holds the Workspace for it."""
+    written = (case.workspace.get("status") or {}).get("attempts") or []
+    return case.has_finalizer and len(written) == len(case.attempts) and not written[-1].get("ended")
+
+
+# --- what was said
+
+
+def _ready(case: Case, request: NodeRequest, status: NodeStatus) -> None:
+    if status.offer is not None and case.attempt is not None:
+        case.attempt.pop("pricePerHour", None)
+        case.attempt.update(_attempt(status.offer) | _price(status.offer))
+    if len(status.nodes) == request.requirements.count:  # else the scheduler takes its pick
+        case.status["workerNodes"] = list(status.nodes)
+    case.set(conditions.NODES_READY, "True", "NodesReady", "")
+    case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
 
 
 def _pending(case: Case, message: str) -> None:
@@ -114,31 +172,69 @@ def _failed(case: Case, request: NodeRequest, status: NodeStatus) -> None:
     message = f"{request.offer.provisioner} cannot get {request.offer.instance_type}: {status.message or failure}"
     if isinstance(failure, Transient):
         _pending(case, f"{message}; trying again")
-        case.look_again(TRY_AGAIN)
+        if not _out_of_patience(case, request, status.message or str(failure)):
+            later = min(LATEST, max(SOONEST, _waited(case) / 2))
+            case.look_again(max(later, failure.retry_after or 0.0))
         return
     _pending(case, message)
+    if case.attempt is not None and status.asked:
+        case.attempt["alternatives"] = list(dict.fromkeys(o.instance_type for o in status.asked))[:64]
     # Given back before anything else is asked for: a machine that comes late after all would be paid twice.
     give_up(case, kind, status.message or str(failure))
-    if case.attempt is None:
-        case.note("Warning", kind, message)
-        if isinstance(failure, NotAuthorized):
-            case.failed(message)
+
+
+def _out_of_patience(case: Case, request: NodeRequest, words: str) -> bool:
+    """Whether it has taken too long, and is being given up for the next offer."""
+    patience = _installed(case, request.offer).patience
+    if _waited(case) <= patience:
+        return False
+    give_up(case, "TimedOut", f"not ready after {patience / 60:.0f} minutes" + (f": {words}" if words else ""))
+    return True
+
+
+def _waited(case: Case) -> float:
+    """Seconds since the attempt began."""
+    return case.observed.now - seconds(case.attempt["started"]) if case.attempt else 0.0
+
+
+REMEDIES = {
+    "QuotaExceeded": "ask the cloud for more quota",
+    "InsufficientCapacity": "allow more (resource.instanceTypes, regions, zones, capacityType: auto), or try again later",
+    "TimedOut": "see why machines do not join: `kaito doctor`, and the provisioner's own log",
+    "Unsupported": "choose other machines in resource",
+}
+"""What helps against what, when every offer has failed."""
 
 
 def _none_left(case: Case) -> None:
     """Every offer was tried. What each of them said is in the message, and in ``status.attempts``."""
     tried = _given_up(case)
     said = "; ".join(f"{a['instanceType']}: {a.get('message') or a['reason']}" for a in tried)
-    message = f"no machine could be had ({said})" if said else "no machine can be had"
+    helps = "; ".join(dict.fromkeys(REMEDIES[a["reason"]] for a in tried))
+    message = f"no machine could be had ({said}) – {helps}" if said else "no machine can be had"
     case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", message)
     case.failed(message)
 
 
+# --- giving back
+
+
 def give_up(case: Case, reason: str, message: str) -> None:
     """Give back what the present attempt may have got, and end it; asks to be called again until that is done."""
-    if case.attempt is not None and given_back(case, str(case.attempt["provisioner"])):
-        case.end_attempt(reason, message)
-        case.again = True
+    attempt = case.attempt
+    if attempt is None:
+        return
+    # Whoever looks next goes on giving it back, and does not ask for it again.
+    attempt.update(reason=reason, message=message[:SHOWN])
+    if not given_back(case, str(attempt["provisioner"])):
+        return
+    case.end_attempt(reason, message)
+    case.again = True
+    if reason in GIVEN_UP or reason == NOT_AUTHORIZED:
+        words = f"{attempt['provisioner']} cannot get {attempt.get('instanceType')}: {message}"
+        case.note("Warning", reason, words)
+        if reason == NOT_AUTHORIZED:
+            case.failed(words)
 
 
 def given_back(case: Case, provisioner: str) -> bool:

@@ -44,6 +44,15 @@ class PodProgress:
 
 
 @dataclass(frozen=True)
+class Installed:
+    """What a decision needs to know of a node provisioner."""
+
+    holds: bool = True
+    patience: float = 1800.0
+    """Both as in `kaito_core.plugins.NodeProvisioner`."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """One Workspace's world at one moment."""
 
@@ -55,14 +64,14 @@ class Observed:
     pods: tuple[Object, ...] = ()
     """Of the job, in any order."""
     nodes: Mapping[str, Object | None] = field(default_factory=dict)
-    """The Node objects that the pods are bound to, by name; None where the node is gone."""
+    """The Node objects that the pods are bound to, and those of ``status.workerNodes``, by name; None where the node is gone."""
     revisions: tuple[Object, ...] = ()
     """The Workspace's ControllerRevisions."""
     asked: Mapping[str, NodeStatus] = field(default_factory=dict)
     """What the provisioners answered in this very reconcile, by `Ensure.key` and `Release.key`."""
     progress: PodProgress | None = None
-    provisioners: Mapping[str, bool] = field(default_factory=dict)
-    """Those that are installed, by name: whether what they get has to be given back."""
+    provisioners: Mapping[str, Installed] = field(default_factory=dict)
+    """Those that are installed, by name."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ The job itself decides whether a failed pod is tried again; the Workspace has fa
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from kaito_core.api import conditions
-from kaito_core.controller.reconcile.case import Case, find
+from kaito_core.controller.reconcile.case import Case, find, seconds
 from kaito_core.controller.reconcile.decision import Deletion
 from kaito_core.controller.reconcile.diagnosis import Trouble, containers, last_words, latest, stage, started, trouble
-from kaito_core.controller.reconcile.nodes import given_back
+from kaito_core.controller.reconcile.nodes import give_up, given_back
+from kaito_core.controller.reconcile.observed import Installed
 from kaito_core.kube.kinds import JOBS, Object
 
 PATIENCE = 600.0
@@ -32,12 +32,16 @@ def outcome(case: Case, job: Object) -> None:
     if "Complete" in ended:
         _succeeded(case, pods)
         return
+    lost = _lost(case)
+    if lost and "Failed" not in ended:
+        _another_machine(case, job, lost)
+        return
     now = trouble(pod) if pod is not None else None
     if "Failed" in ended:
         _failed(case, job, [t for p in pods if (t := trouble(p)) is not None])
         return
     if pod is not None and now is not None and now.stuck:
-        waited = case.observed.now - _seconds(pod["metadata"]["creationTimestamp"])
+        waited = case.observed.now - seconds(pod["metadata"]["creationTimestamp"])
         if waited > PATIENCE:
             case.delete.append(Deletion(JOBS, job["metadata"]["name"], job["metadata"]["uid"]))
             case.set(conditions.JOB_STARTED, "False", now.reason, now.message)
@@ -88,6 +92,56 @@ def _about_nodes(case: Case, pod: Object) -> None:
         case.note("Warning", "NodeNotReady", words)
 
 
+SETTLED = 15.0
+"""Seconds that machines must have been ready for before one that is not seen is taken for gone: caches are a little behind."""
+
+MACHINE_LOST = "MachineLost"
+
+GONE = 600.0
+"""Seconds after which a machine whose kubelet says nothing is taken for gone, even if its Node object is still there."""
+
+
+def _lost(case: Case) -> str:
+    """Why the machines that were got for this job are no more; empty when they are there, or were there before us."""
+    attempt = case.attempt
+    if attempt is None or not case.observed.provisioners.get(str(attempt["provisioner"]), Installed()).holds:
+        return ""
+    if attempt.get("reason") == MACHINE_LOST:
+        return str(attempt.get("message", ""))  # begun before, and not at its end yet
+    ready = find(case.status.get("conditions"), conditions.RESOURCE_READY)
+    if ready is None or case.observed.now - seconds(ready["lastTransitionTime"]) < SETTLED:
+        return ""
+    for name in case.status.get("workerNodes", ()):
+        if name not in case.observed.nodes:
+            continue
+        node = case.observed.nodes[name]
+        if node is None or "deletionTimestamp" in node["metadata"]:
+            return f"the machine {name} is gone"
+        answers = find(node.get("status", {}).get("conditions"), "Ready") or {}
+        since = answers.get("lastTransitionTime")
+        if answers.get("status") in ("False", "Unknown") and since and case.observed.now - seconds(since) > GONE:
+            return f"the machine {name} has not answered for {GONE / 60:.0f} minutes"
+    return ""
+
+
+def _another_machine(case: Case, job: Object, why: str) -> None:
+    """A spot machine that was taken away, or one that died: what is left of it is given back, then everything begins anew on another.
+    The job's pods are bound to the labels of the machine that is gone, so the job is made anew as well; what it has done is with
+    its checkpoints."""
+    if case.attempt is not None and not case.attempt.get("reason"):
+        spot = case.attempt.get("capacityType") == "spot"
+        case.note("Warning", MACHINE_LOST, f"{why}{' (a spot machine)' if spot else ''}; getting another one")
+    case.set(conditions.NODES_READY, "False", "NodeNotReady", why)
+    case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", f"{why}; getting another one")
+    case.set(conditions.JOB_STARTED, "False", "WorkspaceTuningJobStatusPending", f"{why}; it goes on where it was")
+    case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", why)
+    case.state("Pending")
+    give_up(case, MACHINE_LOST, why)
+    if case.attempt is None:
+        case.status.pop("workerNodes", None)
+        case.delete.append(Deletion(JOBS, job["metadata"]["name"], job["metadata"]["uid"], foreground=True))
+
+
 def _progress(case: Case, pod: Object) -> None:
     said = case.observed.progress
     running = stage(pod)
@@ -108,7 +162,7 @@ def _cost(case: Case, until: float) -> float | None:
     price = attempt.get("pricePerHour") if attempt else None
     if attempt is None or price is None:
         return None
-    return round(max(0.0, until - _seconds(attempt["started"])) / 3600 * float(price), 4)
+    return round(max(0.0, until - seconds(attempt["started"])) / 3600 * float(price), 4)
 
 
 def _succeeded(case: Case, pods: list[Object]) -> None:
@@ -196,7 +250,3 @@ def _cannot_release(case: Case, attempt: dict[str, Any]) -> None:
     if case.set(conditions.NODES_READY, "Unknown", "ProvisionerMissing", message):
         case.note("Warning", "ProvisionerMissing", message)
     case.look_again(60.0)
-
-
-def _seconds(text: str) -> float:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
