@@ -75,6 +75,16 @@ class Simulation:
     """The most machines that there were at one time."""
     failures: dict[str, ProvisioningError] = field(default_factory=dict)
     """What the cloud says instead, by instance type."""
+    broken: dict[str, ProvisioningError] = field(default_factory=dict)
+    """Machines that are sold and come to nothing, by instance type."""
+    gone_after: int = 0
+    """How many times the cloud says that a machine is being given back before it is gone."""
+    leaving: dict[str, int] = field(default_factory=dict)
+    """How often it has said so, by request id."""
+    node: Object | None = field(default_factory=lambda: {"metadata": {"name": "node-1"}})
+    """The Node object of the machine; None when it is gone."""
+    tagged: list[tuple[str, ...]] = field(default_factory=list)
+    """The instance types of every question: the first and those that would do as well."""
     pending: int = 0
     """How many more times the cloud says that a machine is on its way."""
     writes: int = 0
@@ -112,6 +122,7 @@ class Simulation:
             planned=planned(self.workspace, self.offers),
             job=self.objects.get((JOBS, "one")),
             pods=tuple(self.pods),
+            nodes=dict.fromkeys(self.workspace.get("status", {}).get("workerNodes", ()), self.node),
             revisions=revisions,
             provisioners={"cloud": Installed(self.holds)},
         )
@@ -200,20 +211,36 @@ class Simulation:
 
     def answer(self, question: Ensure | Release) -> NodeStatus:
         if isinstance(question, Release):
+            if question.request_id in self.machines and self.leaving.get(question.request_id, 0) < self.gone_after:
+                self.leaving[question.request_id] = self.leaving.get(question.request_id, 0) + 1
+                return NodeStatus(question.request_id, "releasing", message="shutting down")
             self.machines.pop(question.request_id, None)
             return NodeStatus(question.request_id, "absent")
         request = question.request
+        self.tagged.append(tuple(o.instance_type for o in (request.offer, *request.also)))
         failure = self.failures.get(request.offer.instance_type)
         if failure is not None:
             return NodeStatus(request.id, "failed", message=str(failure), failure=failure)
+        if request.id in self.leaving:
+            raise AssertionError("asked for again while it is being given back")
         if request.id not in self.machines:
             self.machines[request.id] = request.offer.instance_type
             self.bought.append(request.offer.instance_type)
             self.most = max(self.most, len(self.machines))
+            self.node = {"metadata": {"name": "node-1"}}
+        failure = self.broken.get(request.offer.instance_type)
+        if failure is not None:
+            return NodeStatus(request.id, "failed", message=str(failure), failure=failure)
         if self.pending > 0:
             self.pending -= 1
             return NodeStatus(request.id, "pending", message="on its way")
         return NodeStatus(request.id, "ready", ("node-1",), {"kaito.sh/workspace": "one"})
+
+    def take_away(self) -> None:
+        """The cloud takes the machine: no node, and nothing to give back."""
+        self.machines.clear()
+        self.node = None
+        self.now += 60
 
     # --- what a test asks
 

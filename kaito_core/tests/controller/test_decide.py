@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kaito_core.controller.reconcile.decide import decide
+from kaito_core.controller.reconcile.decision import Ensure, Release
 from kaito_core.controller.reconcile.diagnosis import trouble
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, Refusal
 from kaito_core.controller.reconcile.outcome import PATIENCE
-from kaito_core.plugins.types import InsufficientCapacity, NotAuthorized, QuotaExceeded, Transient
+from kaito_core.plugins.types import InsufficientCapacity, NodeStatus, NotAuthorized, QuotaExceeded, Transient
 from kaito_core.problems import Problem
 
 from .simulation import START, WORLD, Crash, Simulation, workspace_object
@@ -154,6 +155,99 @@ def test_what_may_work_in_a_moment_is_tried_again_and_what_is_forbidden_is_not()
     simulation.settle()
     assert simulation.state == "Failed"
     assert "no write access" in simulation.condition("WorkspaceSucceeded")["message"]
+
+
+def test_later_each_time_and_as_late_as_the_cloud_asks() -> None:
+    simulation = Simulation(failures={"cheap": Transient("429: slow down")})
+    waits = []
+    for _ in range(4):
+        decision = simulation.reconcile()
+        assert decision is not None
+        assert decision.look_again_after is not None
+        waits.append(decision.look_again_after)
+        simulation.now += max(decision.look_again_after, 10)
+    assert waits == sorted(waits)
+    assert waits[0] < waits[-1]
+    simulation.failures = {"cheap": Transient("429: slow down", retry_after=300.0)}
+    decision = simulation.reconcile()
+    assert decision is not None
+    assert decision.look_again_after == 300.0
+
+
+@pytest.mark.parametrize("answer", [{"pending": 99}, {"failures": {"cheap": Transient("it breaks each time")}}])
+def test_what_takes_too_long_is_given_up_for_the_next_offer(answer: dict[str, Any]) -> None:
+    simulation = Simulation(**answer)
+    simulation.reconcile()
+    simulation.now += 3600
+    simulation.pending = min(simulation.pending, 1)
+    simulation.settle()
+    assert simulation.workspace is not None
+    first, second = simulation.workspace["status"]["attempts"]
+    assert (first["instanceType"], first["reason"]) == ("cheap", "TimedOut")
+    assert second["instanceType"] == "dear"
+    assert list(simulation.machines.values()) == ["dear"]
+    assert simulation.most == 1
+
+
+def test_giving_back_takes_its_time_and_nothing_is_asked_for_meanwhile() -> None:
+    """Whatever is begun is ended, also by a controller that knows of it only from the status."""
+    simulation = Simulation(broken={"cheap": InsufficientCapacity("it never joined")}, gone_after=3)
+    for _ in range(3):
+        simulation.reconcile()
+        assert list(simulation.machines.values()) == ["cheap"]
+    simulation.settle()
+    assert simulation.bought == ["cheap", "dear"]
+    assert simulation.most == 1
+    assert simulation.workspace is not None
+    assert [a.get("reason") for a in simulation.workspace["status"]["attempts"]] == ["InsufficientCapacity", None]
+
+
+def test_what_would_do_as_well_is_named_and_not_tried_again_where_it_was_asked_for() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    assert simulation.tagged[0] == ("cheap", "dear")
+    both = Simulation()
+    plain = both.answer
+
+    def answer(question: Ensure | Release) -> NodeStatus:
+        if isinstance(question, Release):
+            return plain(question)
+        failure = InsufficientCapacity("none of them")
+        return NodeStatus(question.request.id, "failed", failure=failure, asked=question.request.also)
+
+    both.answer = answer  # type: ignore[method-assign]
+    both.settle()
+    assert both.state == "Failed"
+    assert both.workspace is not None
+    [attempt] = both.workspace["status"]["attempts"]
+    assert attempt["alternatives"] == ["dear"]
+
+
+def test_a_machine_that_was_taken_away_is_followed_by_another_and_the_job_goes_on_there() -> None:
+    """KAITO's defect 9: a spot eviction loses everything."""
+    simulation = ready()
+    simulation.pod()
+    simulation.reconcile()
+    first = simulation.job
+    simulation.take_away()
+    simulation.settle()
+    assert simulation.bought == ["cheap", "cheap"]
+    assert simulation.job is not None
+    assert first is not None
+    assert simulation.job["metadata"]["uid"] != first["metadata"]["uid"]
+    assert "MachineLost" in simulation.notes
+    assert simulation.workspace is not None
+    assert [a.get("reason") for a in simulation.workspace["status"]["attempts"]] == ["MachineLost", None]
+    hashes = [j["metadata"]["annotations"]["workspace.kaito.io/hash"] for j in (first, simulation.job)]
+    assert hashes[0] == hashes[1], "the same revision, so the same checkpoints"
+
+
+def test_a_node_that_is_not_seen_yet_is_not_lost() -> None:
+    simulation = ready()
+    simulation.node = None
+    simulation.now += 1
+    simulation.settle()
+    assert simulation.bought == ["cheap"]
 
 
 # --- workload and outcome
@@ -339,10 +433,15 @@ class Life(RuleBasedStateMachine):
     """A Workspace's life in any order, with the controller dying at any step. One machine at most at any time, none left
     behind, and in the end the same state as without a crash."""
 
-    @initialize(pending=st.integers(0, 2), failing=st.booleans())
-    def begin(self, pending: int, failing: bool) -> None:
-        failures = {"cheap": InsufficientCapacity("sold out")} if failing else {}
-        self.simulation = Simulation(pending=pending, failures=failures)
+    @initialize(pending=st.integers(0, 2), failing=st.sampled_from(["", "refused", "broken"]), gone=st.integers(0, 2))
+    def begin(self, pending: int, failing: str, gone: int) -> None:
+        no = {"cheap": InsufficientCapacity("sold out")}
+        self.simulation = Simulation(
+            pending=pending,
+            failures=no if failing == "refused" else {},
+            broken=no if failing == "broken" else {},
+            gone_after=gone,
+        )
 
     @property
     def alive(self) -> bool:
@@ -370,6 +469,15 @@ class Life(RuleBasedStateMachine):
     @rule(url=st.sampled_from(["a", "b"]))
     def the_user_changes_the_input(self, url: str) -> None:
         self.simulation.change(input={"urls": [f"https://example.com/{url}.jsonl"]})
+
+    @precondition(lambda self: self.simulation.machines and not self.simulation.leaving)
+    @rule()
+    def the_cloud_takes_the_machine_away(self) -> None:
+        self.simulation.take_away()
+
+    @rule(seconds=st.integers(1, 4000))
+    def time_goes_by(self, seconds: int) -> None:
+        self.simulation.now += seconds
 
     @precondition(lambda self: self.alive)
     @rule()
