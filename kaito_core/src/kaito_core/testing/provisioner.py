@@ -275,7 +275,8 @@ class FakeProvisioner(NodeProvisioner):
             machine = self._now().machines[request_id]
             if (machine.leaving or 0) <= self.gone_after:
                 return _status(machine, "releasing", "it is being given back")
-            for node in machine.nodes if self._kube and machine.joined else ():
+            # All of them, noted or not: whoever joined one may have died before it could say so.
+            for node in machine.nodes if self._kube is not None else ():
                 assert self._kube is not None
                 self._kube.delete(NODES, node)
             self._note("released", request_id)

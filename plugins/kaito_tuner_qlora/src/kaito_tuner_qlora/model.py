@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -83,7 +84,17 @@ def load_base(folder: Path, config: sections.TrainingConfig, device: torch.devic
                       f"such as {wrong[0]}", "fetch the model again")  # fmt: skip
     model.requires_grad_(False)
     model.config.use_cache = False
+    _as_it_was_quantised(model)
     return model
+
+
+def _as_it_was_quantised(model: Any) -> None:
+    """Keep bitsandbytes from packing the weights anew on processors with AVX-512 bfloat16, as it does at the first forward pass
+    without gradients: that path is for serving. It computes in bfloat16 whatever was asked for, and the losses before and after
+    a training, and those of two machines, could no longer be compared."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _attention(asked: str, device: torch.device) -> str:
