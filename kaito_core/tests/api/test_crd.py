@@ -116,6 +116,31 @@ CREATE: list[tuple[dict[str, Any], str]] = [
     ({"inference": {"adapters": [{"source": {"name": str(i), "image": "r/a:1"}} for i in range(11)]}}, "at most 10"),
     ({"inference": {"preset": {"name": "p", "accessMode": "secret"}}}, "Unsupported value"),
     ({"tuning": None, "inference": {"preset": {"name": "p"}}, "resource": {"partition": {"mode": "mig"}}}, "needs a profile"),
+    ({"resource": {"instanceType": None, "instanceTypes": ["a", "b"], "capacityType": "auto", "regions": ["eastus", "us-east-1"],
+      "zones": ["us-east-1a"], "maxPricePerHour": 4, "maxCost": 2.5, "keep": "1h30m",
+      "gpu": {"model": "A100", "count": 2, "memory": "40Gi"}}}, ""),
+    ({"resource": {"instanceTypes": ["a"]}}, "instanceType and instanceTypes cannot be set at the same time"),
+    ({"resource": {"instanceTypes": []}}, ""),
+    ({"resource": {"instanceType": "", "instanceTypes": ["a", ""]}}, "must not hold an empty name"),
+    ({"resource": {"instanceType": None, "instanceTypes": ["a"] * 17}}, "at most 16 items"),
+    ({"resource": {"capacityType": "cheap"}}, "Unsupported value"),
+    ({"resource": {"regions": ["East US"]}}, "regions must be names"),
+    ({"resource": {"regions": [""]}}, "regions must be names"),
+    ({"resource": {"zones": ["us_east"]}}, "zones must be names"),
+    ({"resource": {"maxPricePerHour": 0}}, "maxPricePerHour must be more than 0"),
+    ({"resource": {"maxPricePerHour": "3"}}, "must be of type number"),
+    ({"resource": {"maxPricePerHour": True}}, "must be of type number"),
+    ({"resource": {"maxCost": -1.5}}, "maxCost must be more than 0"),
+    ({"resource": {"keep": ""}}, ""),
+    ({"resource": {"keep": "10m"}}, ""),
+    ({"resource": {"keep": "10"}}, "keep must be a duration"),
+    ({"resource": {"keep": "1m1h"}}, "keep must be a duration"),
+    ({"resource": {"keep": "10m\n"}}, "keep must be a duration"),
+    ({"resource": {"gpu": {}}}, ""),
+    ({"resource": {"gpu": {"count": 0}}}, "greater than or equal to 1"),
+    ({"resource": {"gpu": {"memory": "lots"}}}, "memory must be a size"),
+    ({"resource": {"gpu": {"memory": "40"}}}, ""),
+    ({"resource": {"gpu": {"memory": "-1Gi"}}}, "memory must be a size"),
 ]  # fmt: skip
 
 
@@ -131,6 +156,9 @@ def test_the_api_server_and_python_agree_on_what_may_be_created(kubectl: Callabl
 UPDATE: list[tuple[str, dict[str, Any], str]] = [
     ("tune", {"resource": {"instanceType": "x"}}, "instanceType cannot be changed"),
     ("tune", {"resource": {"instanceType": None}}, ""),
+    ("tune", {"resource": {"instanceType": None, "instanceTypes": ["a", "b"]}}, ""),
+    ("tune", {"resource": {"capacityType": "spot", "regions": ["eastus"], "zones": ["eastus-1"], "maxPricePerHour": 1,
+              "maxCost": 9, "keep": "5m", "gpu": {"memory": "16Gi"}}}, ""),
     ("tune", {"resource": {"labelSelector": None}}, "labelSelector cannot be changed"),
     ("tune", {"resource": {"labelSelector": {"matchLabels": {"app": "x"}}}}, "labelSelector cannot be changed"),
     ("tune", {"tuning": {"preset": {"name": "x"}}}, "preset cannot be changed"),
@@ -146,7 +174,7 @@ UPDATE: list[tuple[str, dict[str, Any], str]] = [
     ("serve", {"inference": {"preset": {"name": "p"}}}, "inference.preset cannot be changed"),
     ("serve", {"inference": {"preset": None, "template": {"spec": {}}}}, "template cannot be set or removed"),
     ("serve", {"inference": {"adapters": [ADAPTER]}}, ""),
-]
+]  # fmt: skip
 
 
 def test_the_api_server_and_python_agree_on_what_may_be_changed(kubectl: Callable[..., Any]) -> None:

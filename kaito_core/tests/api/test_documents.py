@@ -38,7 +38,7 @@ kind: Workspace
 metadata:
   name: One    # upper case
 resource:
-  instanceTypes: x
+  instanceTyp: x
 tuning:
   preset: {name: phi-4}
   method: qlora
@@ -55,7 +55,7 @@ inference: {preset: {name: [x]}}
 """
     assert problems(text) == [
         "4:9: metadata.name: 'One' is not a Kubernetes name: only a–z, 0–9, '-', beginning and ending with a letter or digit",
-        "6:3: resource.instanceTypes: unknown field 'instanceTypes'; did you mean 'instanceType'?",
+        "6:3: resource.instanceTyp: unknown field 'instanceTyp'; did you mean 'instanceType'?",
         "13:9: tuning.input.urls[1]: the scheme 'gopher' is not supported",
         "14:11: tuning.output: needs one of volumeSource or image",
         "16:13: apiVersion: unknown version 'kaito.sh/v1'; did you mean 'kaito.sh/v1beta1'?",

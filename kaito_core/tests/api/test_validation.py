@@ -107,6 +107,16 @@ def test_the_quick_start_filled_in_is_accepted_as_it_is(version: str) -> None:
         (INFERENCE, "inference.preset.presetOptions", {"modelAccessSecret": "hf"}),
         (INFERENCE, "inference.preset.name", "meta-llama/Llama-3.1-8B-Instruct"),
         (INFERENCE, "resource", {"partition": {"mode": "mig", "profile": "1g.10gb"}, "preferredNodes": ["n1"]}),
+        (
+            TUNING,
+            "resource",
+            {"instanceTypes": ["a", "b"], "capacityType": "auto", "regions": ["eastus"], "keep": "1h30m"},
+        ),
+        (
+            TUNING,
+            "resource",
+            {"gpu": {"model": "A100", "count": 2, "memory": "40Gi"}, "maxPricePerHour": 4, "maxCost": 0.5},
+        ),
         (INFERENCE, "resource", {"count": 2, "partition": {"mode": "accelerator", "count": 2}}),
     ],
 )
@@ -132,6 +142,28 @@ def test_no_machine_named_means_that_kaito_chooses_and_not_an_expensive_default(
         assert workspace.resource.instance_type == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("", 0), ("45s", 45), ("10m", 600), ("1h30m", 5400), ("2h0m1s", 7201), ("0s", 0)],
+)
+def test_how_long_machines_are_kept(text: str, seconds: float) -> None:
+    workspace, problems = read_workspace(changed(TUNING, "resource.keep", text))
+    assert problems == []
+    assert workspace is not None
+    assert workspace.resource.keep_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("", 0), ("40Gi", 40 << 30), ("1.5Ti", 3 << 39), ("80G", 80 * 10**9), ("512", 512), ("3k", 3000)]
+)
+def test_the_memory_of_a_gpu_is_a_quantity(text: str, size: int) -> None:
+    workspace, problems = read_workspace(changed(TUNING, "resource.gpu", {"memory": text}))
+    assert problems == []
+    assert workspace is not None
+    assert workspace.resource.gpu is not None
+    assert workspace.resource.gpu.memory_bytes == size
+
+
 # --- what is refused
 
 REFUSED = [
@@ -146,6 +178,21 @@ REFUSED = [
     (TUNING, "resource.count", 0, "resource.count: must be 1 or more, and is the number 0"),
     (TUNING, "resource.count", "1", "resource.count: must be a whole number, and is the text '1'"),
     (TUNING, "resource.count", True, "resource.count: must be a whole number, and is true"),
+    (TUNING, "resource.instanceTypes", ["a"], "resource.instanceTypes: cannot be set beside instanceType"),
+    (INFERENCE, "resource.instanceTypes", ["a", ""], "resource.instanceTypes[1]: is empty"),
+    (TUNING, "resource.capacityType", "Spot", "resource.capacityType: the text 'Spot' is not possible here; did you mean 'spot'?"),
+    (TUNING, "resource.gpu.memory", "40 GB", "resource.gpu.memory: '40 GB' is not a size"),
+    (TUNING, "resource.gpu.count", 0, "resource.gpu.count: must be 1 or more"),
+    (TUNING, "resource.gpu.modle", "T4", "resource.gpu.modle: unknown field 'modle'; did you mean 'model'?"),
+    (TUNING, "resource.regions", ["East US"], "resource.regions[0]: 'East US' is not the name of a region"),
+    (TUNING, "resource.zones", ["a", "B"], "resource.zones[1]: 'B' is not the name of a zone"),
+    (TUNING, "resource.maxPricePerHour", 0, "resource.maxPricePerHour: must be more than 0, and is 0"),
+    (TUNING, "resource.maxPricePerHour", "3", "resource.maxPricePerHour: input should be a valid number, and is the text '3'"),
+    (TUNING, "resource.maxCost", -2.5, "resource.maxCost: must be more than 0, and is -2.5"),
+    (TUNING, "resource.maxCost", float("inf"), "resource.maxCost: "),
+    (TUNING, "resource.maxCost", float("nan"), "resource.maxCost: "),
+    (TUNING, "resource.keep", "10", "resource.keep: '10' is not a duration"),
+    (TUNING, "resource.keep", "1d", "resource.keep: '1d' is not a duration"),
     (TUNING, "resource.partition", {"mode": "mig", "profile": "1g.5gb"}, "resource.partition: a part of a GPU cannot be used"),
     (TUNING, "resource.labelSelector.matchExpressions", [{"key": "a", "operator": "Exists"}],
      "resource.labelSelector.matchExpressions[0].operator: the operator 'Exists' is not supported"),
@@ -198,7 +245,7 @@ REFUSED = [
      "inference.adapters: has more than 10 items"),
     (INFERENCE, "resource.partition", {"mode": "mig"}, "resource.partition.profile: mode mig needs a profile"),
     (INFERENCE, "resource.partition", {"mode": "accelerator"}, "resource.partition.count: mode accelerator needs a count"),
-    (INFERENCE, "resource.instanceTypes", "x", "resource.instanceTypes: unknown field 'instanceTypes'; did you mean 'instanceType'?"),
+    (INFERENCE, "resource.instanceTyp", "x", "resource.instanceTyp: unknown field 'instanceTyp'; did you mean 'instanceType'?"),
     (INFERENCE, "resource.InstanceType", "x", "resource.InstanceType: unknown field 'InstanceType'; did you mean 'instanceType'?"),
     (INFERENCE, "resource.instance_type", "x", "resource.instance_type: unknown field 'instance_type'; did you mean"),
     (INFERENCE, "method", "qlora", "method: unknown field 'method' here; there is tuning.method"),
@@ -248,13 +295,13 @@ def test_warnings_stop_nobody() -> None:
 
 
 def test_a_broken_structure_does_not_hide_other_mistakes() -> None:
-    data = changed(TUNING, "resource.instanceTypes", "x")
+    data = changed(TUNING, "resource.instanceTyp", "x")
     data["tuning"]["output"] = {"image": "UPPER/case", "imagePushSecret": 5}
     del data["tuning"]["method"]
     workspace, problems = read_workspace(data)
     assert workspace is None
     assert {p.field for p in problems} == {
-        "resource.instanceTypes", "tuning.output.image", "tuning.output.imagePushSecret", "tuning.method",
+        "resource.instanceTyp", "tuning.output.image", "tuning.output.imagePushSecret", "tuning.method",
     }  # fmt: skip
 
 

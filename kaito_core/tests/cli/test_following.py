@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kaito_core.cli.cluster.follow import failure, follow
 from kaito_core.cli.cluster.logs import Printer
 from kaito_core.cli.cluster.pod_log import container_lines
-from kaito_core.cli.cluster.workspace import news, succeeded
+from kaito_core.cli.cluster.workspace import news, succeeded, tried
 from kaito_core.cli.follow import Follower
 from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.kube.errors import Forbidden, Unreachable
@@ -170,6 +170,19 @@ def test_every_change_is_a_line_and_nothing_is_said_twice() -> None:
         "ResourceReady: yes",
     ]
     assert news(None, workspace(condition("ResourceReady", "True", generation=1), generation=2)) == []
+
+
+def test_what_came_to_nothing_is_a_table() -> None:
+    """Of the revision that was run last, in the cloud's own words."""
+    attempt = {"provisioner": "cloud", "started": "t", "ended": "t", "revision": 2}
+    first = {**attempt, "instanceType": "Standard_X", "reason": "QuotaExceeded", "message": "0 of 24 vCPUs left"}
+    second = {**attempt, "instanceType": "Standard_Long", "reason": "TimedOut", "message": "not ready"}
+    old = {**first, "revision": 1}
+    assert tried(workspace(attempts=[old, first, second])) == [
+        "cloud for Standard_X     QuotaExceeded  0 of 24 vCPUs left",
+        "cloud for Standard_Long  TimedOut       not ready",
+    ]
+    assert tried(workspace()) == []
 
 
 def test_an_api_server_that_is_away_is_said_once_and_waited_for() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kaito_core.api import labels, read_workspace
 from kaito_core.controller.reconcile.decide import decide
-from kaito_core.controller.reconcile.decision import Decision, Ensure, Release
+from kaito_core.controller.reconcile.decision import Decision, Ensure, Observe, Release
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, World
 from kaito_core.controller.settings import Settings
 from kaito_core.kube.kinds import JOBS, Kind, Object
@@ -209,20 +209,24 @@ class Simulation:
 
     # --- the cloud
 
-    def answer(self, question: Ensure | Release) -> NodeStatus:
+    def answer(self, question: Ensure | Observe | Release) -> NodeStatus:
         if isinstance(question, Release):
             if question.request_id in self.machines and self.leaving.get(question.request_id, 0) < self.gone_after:
                 self.leaving[question.request_id] = self.leaving.get(question.request_id, 0) + 1
                 return NodeStatus(question.request_id, "releasing", message="shutting down")
             self.machines.pop(question.request_id, None)
+            self.leaving.pop(question.request_id, None)
             return NodeStatus(question.request_id, "absent")
+        if isinstance(question, Observe):
+            there = question.request_id in self.machines
+            return NodeStatus(question.request_id, "ready" if there else "absent", ("node-1",) if there else ())
         request = question.request
         self.tagged.append(tuple(o.instance_type for o in (request.offer, *request.also)))
         failure = self.failures.get(request.offer.instance_type)
         if failure is not None:
             return NodeStatus(request.id, "failed", message=str(failure), failure=failure)
-        if request.id in self.leaving:
-            raise AssertionError("asked for again while it is being given back")
+        if request.id in self.leaving and request.id in self.machines:
+            return NodeStatus(request.id, "releasing", message="shutting down")
         if request.id not in self.machines:
             self.machines[request.id] = request.offer.instance_type
             self.bought.append(request.offer.instance_type)
@@ -249,9 +253,12 @@ class Simulation:
         for _ in range(rounds):
             before, waiting = self.writes, self.pending
             self.reconcile()
-            if self.workspace is None or (self.writes == before and waiting == 0):
+            if self.workspace is None or (self.writes == before and waiting == 0 and not self._is_leaving()):
                 return
         raise AssertionError("it never comes to rest")
+
+    def _is_leaving(self) -> bool:
+        return any(request in self.machines for request in self.leaving)
 
     def condition(self, kind: str) -> dict[str, Any]:
         assert self.workspace is not None

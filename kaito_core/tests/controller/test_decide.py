@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kaito_core.controller.reconcile.decide import decide
-from kaito_core.controller.reconcile.decision import Ensure, Release
+from kaito_core.controller.reconcile.decision import Ensure, Observe, Release
 from kaito_core.controller.reconcile.diagnosis import trouble
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, Refusal
 from kaito_core.controller.reconcile.outcome import PATIENCE
@@ -209,8 +209,8 @@ def test_what_would_do_as_well_is_named_and_not_tried_again_where_it_was_asked_f
     both = Simulation()
     plain = both.answer
 
-    def answer(question: Ensure | Release) -> NodeStatus:
-        if isinstance(question, Release):
+    def answer(question: Ensure | Observe | Release) -> NodeStatus:
+        if not isinstance(question, Ensure):
             return plain(question)
         failure = InsufficientCapacity("none of them")
         return NodeStatus(question.request.id, "failed", failure=failure, asked=question.request.also)
@@ -270,6 +270,30 @@ def test_a_finished_job_is_success_and_the_machine_is_given_back_at_once() -> No
     }
     for kind in ("ResourceReady", "JobStarted", "WorkspaceSucceeded"):
         assert simulation.condition(kind)["status"] == "True"
+
+
+def test_a_machine_is_kept_for_the_next_job_as_long_as_asked() -> None:
+    simulation = Simulation(workspace_object(resource={"keep": "10m"}))
+    simulation.settle()
+    simulation.end_job("Complete")
+    decision = simulation.reconcile()
+    assert decision is not None
+    assert decision.look_again_after == 600
+    assert simulation.machines
+    simulation.now += 300
+    simulation.change(input={"urls": ["https://example.com/b.jsonl"]})
+    simulation.settle()
+    simulation.end_job("Complete")
+    simulation.settle()
+    assert simulation.bought == ["cheap"]
+    simulation.now += 599
+    simulation.settle()
+    assert simulation.machines
+    simulation.now += 2
+    simulation.settle()
+    assert not simulation.machines
+    assert simulation.workspace is not None
+    assert [a["reason"] for a in simulation.workspace["status"]["attempts"]] == ["Succeeded"]
 
 
 def test_one_failed_pod_is_not_a_failed_workspace() -> None:
@@ -508,4 +532,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=150, stateful_step_count=15, deadline=None)
+TestLife.settings = settings(max_examples=300, stateful_step_count=20, deadline=None)

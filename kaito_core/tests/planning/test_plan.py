@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ from hypothesis import strategies as st
 
 from kaito_core.api import Workspace, load_text
 from kaito_core.planning import catalogue
-from kaito_core.planning.plan import Catalog, plan
+from kaito_core.planning.plan import Catalog, plan, requirements
 from kaito_core.plugins import Offer, TuningFit
+from kaito_core.plugins.types import Requirements
 from kaito_core.problems import Failure, UserError
 from kaito_core.testing.planning import GIB, OneOfEach, Sized
 from kaito_core.workloads.job import TuningJob
@@ -70,6 +74,70 @@ def test_a_retired_machine_is_not_chosen() -> None:
     assert made.chosen is not None
     assert made.chosen.offer.is_local
     assert "2025-09-30" in made.candidates[-1].rejected
+
+
+def test_what_the_workspace_asks_of_a_machine() -> None:
+    text = """
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {name: one}
+resource:
+  instanceTypes: [Standard_NC24ads_A100_v4, g6.xlarge]
+  gpu: {model: A100, count: 2, memory: 40Gi}
+  capacityType: auto
+  regions: [eastus]
+  zones: [eastus-1]
+  maxPricePerHour: 4
+  labelSelector: {matchLabels: {app: x}}
+tuning:
+  preset: {name: tiny}
+  method: qlora
+  input: {urls: ["https://example.com/a.jsonl"]}
+  output: {image: r.io/a:1, imagePushSecret: push}
+"""
+    wanted = requirements(load_text(text).workspaces[0])
+    assert wanted == Requirements(
+        instance_types=("Standard_NC24ads_A100_v4", "g6.xlarge"),
+        labels={"app": "x"},
+        count=1,
+        gpu_model="A100",
+        gpus=2,
+        gpu_memory=40 * GIB,
+        capacity_types=("spot", "on-demand"),
+        regions=("eastus",),
+        zones=("eastus-1",),
+        max_price_per_hour=4.0,
+    )
+    assert requirements(workspace()) == Requirements(capacity_types=("on-demand",))
+    assert requirements(workspace("x")).instance_types == ("x",)
+
+
+def test_the_json_has_every_figure_of_every_machine_and_says_which_are_estimates() -> None:
+    a100 = catalogue.offers("azure")[0]
+    told = json.loads(json.dumps(plan(workspace(), Catalog(OneOfEach(), (offer(), a100))).to_json()))
+    assert told["by"] == "cost"
+    here, bought = told["candidates"]
+    assert (here["chosen"], here["provisioner"], here["price"], here["pricePerHour"], here["cost"]) == (
+        True, "local", None, None, None,
+    )  # fmt: skip
+    assert (bought["cloud"], bought["region"], bought["capacityType"]) == ("azure", "eastus", "on-demand")
+    assert bought["price"]["source"].startswith("karpenter-provider-azure")
+    assert bought["price"]["date"]
+    assert bought["pricePerHour"] == bought["price"]["per_hour"] > 0
+    assert bought["rejected"].startswith("no installed plugin can get it")
+    assert "cost" in bought["estimates"]
+
+
+def test_a_plan_over_the_whole_catalogue_is_quick() -> None:
+    offers = tuple(replace(o, provisioner="x") for c in catalogue.CLOUDS for o in catalogue.offers(c))
+    catalog = Catalog(OneOfEach(), offers)
+    plan(workspace(), catalog)
+    taken = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        plan(workspace(), catalog)
+        taken.append(time.perf_counter() - begin)
+    assert min(taken) < 0.1  # 3 ms on an idle machine; the bound is for a busy one
 
 
 def test_every_problem_at_once() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kaito_core.api.labels import GROUP
+from kaito_core.api.resource import DURATION, PLACE, QUANTITY
 from kaito_core.api.workspace import V1BETA1, VERSIONS, Workspace
 
 NAME: Final = f"workspaces.{GROUP}"
@@ -209,6 +210,17 @@ _RULES: Final[dict[str, dict[str, str]]] = {
             !{_given("instanceType")} || (has(oldSelf.instanceType) && self.instanceType == oldSelf.instanceType)""",
         "labelSelector cannot be changed": _same("labelSelector"),
         "partition cannot be changed": _same("partition"),
+        "instanceType and instanceTypes cannot be set at the same time": f"""
+            !{_given("instanceType")} || !has(self.instanceTypes) || size(self.instanceTypes) == 0""",
+        "instanceTypes must not hold an empty name": "!has(self.instanceTypes) || self.instanceTypes.all(t, t != '')",
+        "regions must be names like eastus": f"!has(self.regions) || self.regions.all(r, r.matches('{PLACE}'))",
+        "zones must be names like us-east-1a": f"!has(self.zones) || self.zones.all(z, z.matches('{PLACE}'))",
+        "maxPricePerHour must be more than 0": "!has(self.maxPricePerHour) || self.maxPricePerHour > 0.0",
+        "maxCost must be more than 0": "!has(self.maxCost) || self.maxCost > 0.0",
+        "keep must be a duration like 10m or 1h30m": f"!has(self.keep) || self.keep.matches('{DURATION}')",
+    },
+    "resource.gpu": {
+        "memory must be a size like 40Gi": f"!{_given('memory')} || self.memory.matches('{QUANTITY}')",
     },
     "resource.labelSelector": {
         "only matchLabels and the operator In are supported, because new nodes get these labels": """

@@ -57,8 +57,16 @@ class Attempt(Observed):
     instance_type: str = Field("", description="The machine that was tried.")
     region: str = Field("", description="Where.")
     capacity_type: str = Field("", description="`on-demand` or `spot`.")
+    alternatives: tuple[str, ...] = Field(
+        (), max_length=64, description="Other machines that were asked for along with it, of which any would have done."
+    )
     price_per_hour: float | None = Field(None, description="What the machine costs, in US dollars an hour, if known.")
     started: str = Field("", description="When it began (RFC 3339).", json_schema_extra={"format": "date-time"})
+    idle_since: str = Field(
+        "",
+        description="Since when its machines are only kept for the next job (RFC 3339).",
+        json_schema_extra={"format": "date-time"},
+    )
     ended: str = Field("", description="When it ended (RFC 3339).", json_schema_extra={"format": "date-time"})
     reason: str = Field("", description="How it ended, as one word for programs.")
     message: str = Field("", description="How it ended, in the words of whoever ended it.")

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from kaito_core.api import labels, names
 from kaito_core.api.inference import AdapterSpec, InferenceSpec, PresetSpec
-from kaito_core.api.resource import LabelSelector, Partition
+from kaito_core.api.resource import PLACE, LabelSelector, Partition, ResourceSpec, bytes_of, seconds_of
 from kaito_core.api.source import DataDestination, DataSource
 from kaito_core.api.suggest import closest
 from kaito_core.api.tuning import TuningSpec
@@ -24,6 +24,7 @@ from kaito_core.problems import Problem
 PLACEHOLDER: Final = "placeholder"
 
 _METHOD = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*\Z")
+_PLACE = re.compile(PLACE.removesuffix("$") + r"\Z")
 _MIG_PROFILE = re.compile(r"[1-7]g\.\d+gb\Z")
 _SCHEMALESS = re.compile(r"\.(volumeSource|template)\b")
 _PUSH_REMEDY = (
@@ -132,6 +133,34 @@ def _resource(workspace: Workspace) -> Iterator[Problem]:
             yield Problem("a part of a GPU cannot be used for tuning", "remove partition", "resource.partition")
     if resource.partition is not None:
         yield from _partition(resource.partition)
+    yield from _choice(resource)
+
+
+def _choice(resource: ResourceSpec) -> Iterator[Problem]:
+    """What limits the choice of machines."""
+    if resource.instance_type and resource.instance_types:
+        yield Problem("cannot be set beside instanceType", "put all machines into instanceTypes, the most wanted first",
+                      "resource.instanceTypes")  # fmt: skip
+    for i, name in enumerate(resource.instance_types):
+        if not name:
+            yield Problem("is empty", "write the name of an instance type, or remove the item",
+                          f"resource.instanceTypes[{i}]")  # fmt: skip
+    if resource.gpu is not None and resource.gpu.memory and bytes_of(resource.gpu.memory) is None:
+        yield Problem(f"{resource.gpu.memory!r} is not a size", "write for example 40Gi", "resource.gpu.memory")
+    for field, places, example in (
+        ("regions", resource.regions, "eastus or us-east-1"),
+        ("zones", resource.zones, "us-east-1a"),
+    ):
+        for i, place in enumerate(places):
+            if not _PLACE.match(place):
+                yield Problem(f"{place!r} is not the name of a {field[:-1]}", f"write it as its cloud does, like {example}",
+                              f"resource.{field}[{i}]")  # fmt: skip
+    for field, limit in (("maxPricePerHour", resource.max_price_per_hour), ("maxCost", resource.max_cost)):
+        if limit is not None and limit <= 0:
+            yield Problem(f"must be more than 0, and is {limit:g}", "write the US dollars, or remove it for no limit",
+                          f"resource.{field}")  # fmt: skip
+    if resource.keep and seconds_of(resource.keep) is None:
+        yield Problem(f"{resource.keep!r} is not a duration", "write for example 45s, 10m or 1h30m", "resource.keep")
 
 
 def _selector(selector: LabelSelector) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "Plan a workspace and run it: fetch, check, train, verify, push.",
     "plan": "Show what a run would do, whether it fits, and on what.",
     "validate": "Check workspace files; print every problem with its line.",
+    "catalog": "List the machines with GPUs and their prices; fetch newer prices.",
     "data": "Look at training data before anything is spent on it.",
     "status": "Show the runs on this machine, and the Workspaces of the cluster.",
     "logs": "Show what a run printed.",

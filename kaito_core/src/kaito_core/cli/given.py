@@ -21,6 +21,7 @@ from kaito_core.problems import KaitoError, Problem, UserError
 if TYPE_CHECKING:
     from kaito_core.api import Document, Documents, Secret, Workspace
     from kaito_core.kube.client import Client
+    from kaito_core.planning.choice import By
     from kaito_core.plugins.manager import PluginManager
 
 AT_HAND = 64 << 20
@@ -104,12 +105,17 @@ def _placed(documents: Documents, namespace: str) -> Documents:
     return replace(documents, documents=tuple(placed(d) for d in documents.documents))
 
 
-def plan_of(given: Given, plugins: PluginManager, *, local: bool, cluster: Client | None = None) -> Plan:
-    """The plan of one workspace; with ``local`` only this machine is considered, with ``cluster`` what can be had there.
+def plan_of(
+    given: Given, plugins: PluginManager, *, local: bool, cluster: Client | None = None, by: By = "cost"
+) -> Plan:
+    """The plan of one workspace; with ``local`` only this machine is considered, with ``cluster`` what can be had there, and
+    without both also what is known and cannot be had from here.
 
     Raises `UserError` with every problem and its place in the file."""
     try:
-        planned = _for_cluster(given, plugins, cluster) if cluster else _from_here(given, plugins, local=local)
+        planned = (
+            _for_cluster(given, plugins, cluster, by) if cluster else _from_here(given, plugins, local=local, by=by)
+        )
         rules = plugins.validate(planned.workspace, planned)
         if any(p.severity == "error" for p in rules):
             raise UserError(rules)
@@ -120,20 +126,22 @@ def plan_of(given: Given, plugins: PluginManager, *, local: bool, cluster: Clien
     return planned
 
 
-def _from_here(given: Given, plugins: PluginManager, *, local: bool) -> Plan:
+def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> Plan:
     workspace = anchored(given.workspace, given.base)
+    offers = tuple(_offers(workspace, plugins, local=local))
+    # How the data is cut depends on the machine that will do it, so that one is planned for first.
     catalog = Catalog(
         registry=plugins,
-        offers=tuple(_offers(workspace, plugins, local=local)),
+        offers=tuple(o for o in offers if o.provisioner),
         config_maps=given.config_maps,
         model_folders=model_folders(),
+        installed=frozenset(plugins.provisioners()),
     )
-    first = plan(workspace, catalog)
-    facts = _facts(first)
-    return plan(workspace, replace(catalog, data=facts)) if facts else first
+    facts = _facts(plan(workspace, catalog, by))
+    return plan(workspace, replace(catalog, offers=offers, data=facts), by)
 
 
-def _for_cluster(given: Given, plugins: PluginManager, cluster: Client) -> Plan:
+def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) -> Plan:
     """As the cluster's controller will plan it once the documents beside the workspace have been applied."""
     from kaito_core.controller.planner import Planner, _not_in_a_cluster, cluster_offers, cluster_provisioners
     from kaito_core.controller.workspaces import ClusterView
@@ -150,7 +158,7 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client) -> Plan:
     named = workspace.tuning.config if workspace.tuning else ""
     if named and named not in config_maps and (there := cluster.get(CONFIG_MAPS, named, workspace.namespace)):
         config_maps[named] = there.get("data") or {}
-    planned = plan(workspace, Catalog(plugins, cluster_offers(workspace, provisioners), config_maps))
+    planned = plan(workspace, Catalog(plugins, cluster_offers(workspace, provisioners), config_maps), by)
     if planned.refusal and all(c.offer.retired for c in planned.candidates):
         why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
         return replace(planned, refusal=why)
@@ -158,30 +166,37 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client) -> Plan:
 
 
 def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> list[Offer]:
+    """What can be had, and, unless only this machine is asked for, what the catalogue knows besides."""
     wanted = Requirements() if local else requirements(workspace)
     found: list[Offer] = []
-    known = catalogue.instance_types()
-    for name in wanted.instance_types:
-        if name.lower() in known:
-            found.append(known[name.lower()])
-        else:
-            close = catalogue.close_matches(name)
-            click.echo(
-                str(
-                    Problem(
-                        f"the instance type {name!r} is not in the catalogue, so nothing can be said of its fit",
-                        f"did you mean {' or '.join(close)}?" if close else "",
-                        "resource.instanceType",
-                        severity="warning",
-                    )
-                ),
-                err=True,
-            )
     for provisioner in plugins.provisioners().values():
         if not local or provisioner.name == "local":
             with blamed_on(f"the node provisioner {provisioner.name!r}"):
                 found.extend(provisioner.offers(wanted))
-    return found
+    return found if local else [*found, *_known(wanted, found)]
+
+
+def _known(wanted: Requirements, offered: Sequence[Offer]) -> list[Offer]:
+    """The machines of the catalogue that nobody offers; only those that the workspace names, if it names some."""
+    named = {name.lower() for name in wanted.instance_types}
+    for name in wanted.instance_types:
+        if name.lower() not in catalogue.instance_types():
+            close = catalogue.close_matches(name)
+            problem = Problem(
+                f"the instance type {name!r} is not in the catalogue, so nothing can be said of its fit",
+                f"did you mean {' or '.join(close)}?" if close else "",
+                "resource.instanceTypes" if len(named) > 1 else "resource.instanceType",
+                severity="warning",
+            )
+            click.echo(str(problem), err=True)
+    have = {(o.instance_type.lower(), o.region, o.capacity_type) for o in offered}
+    return [
+        offer
+        for cloud in catalogue.CLOUDS
+        for offer in catalogue.offers(cloud, wanted.regions, wanted.capacity_types)
+        if (not named or offer.instance_type.lower() in named)
+        and (offer.instance_type.lower(), offer.region, offer.capacity_type) not in have
+    ]
 
 
 def _facts(planned: Plan) -> DataFacts | None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from kaito_core.cli.given import plan_of, read
-from kaito_core.cli.show import show
+from kaito_core.cli.show import show, show_sum, sum_of
 from kaito_core.cli.target import cluster_options, connected, target_of, way_out
 from kaito_core.planning.plan import Plan
 from kaito_core.problems import Problem, UserError
+
+if TYPE_CHECKING:
+    from kaito_core.planning.choice import By
 
 
 @click.command("plan", help="Show what a run of FILE would do, whether it fits, and on what. '-' reads standard input.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @cluster_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, as_json: bool) -> int:
+@click.option("--by", type=click.Choice(["cost", "time"]), default="cost", show_default=True,
+              help="What makes a machine better: a cheaper job, or an earlier end.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every machine.")
+def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, by: By, as_json: bool) -> int:
     from kaito_core.plugins.manager import load_plugins
 
     target = target_of(local, context, kubeconfig)
@@ -31,18 +37,23 @@ def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, 
     with way_out():
         for given in given_ones:
             try:
-                plans.append(plan_of(given, plugins, local=local, cluster=cluster))
+                plans.append(plan_of(given, plugins, local=local, cluster=cluster, by=by))
             except UserError as e:
                 problems.extend(e.problems)
     if as_json:
-        click.echo(
-            json.dumps({"plans": [p.to_json() for p in plans], "problems": [p.to_json() for p in problems]}, indent=2)
-        )
+        report = {
+            "plans": [p.to_json() for p in plans],
+            "sum": sum_of(plans).to_json(),
+            "problems": [p.to_json() for p in problems],
+        }
+        click.echo(json.dumps(report, indent=2))
     else:
         for number, each in enumerate(plans):
             if number:
                 click.echo()
             show(each)
+        if len(plans) > 1:
+            show_sum(plans)
     if problems and not as_json:
         raise UserError(problems)
     return 2 if problems or any(p.refusal for p in plans) else 0

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kaito_core.api import labels
-from kaito_core.controller.reconcile.decision import Decision, Ensure, Release
+from kaito_core.controller.reconcile.decision import Decision, Ensure, Observe, Release
 from kaito_core.kube.errors import AlreadyExists
 from kaito_core.kube.kinds import WORKSPACES, Kind, Object
 from kaito_core.plugins.types import NodeProvisioner, NodeStatus, ProvisioningError, Transient
@@ -110,25 +110,28 @@ class CallMetrics(Protocol):
 
 
 def ask(
-    provisioners: dict[str, NodeProvisioner], question: Ensure | Release, metrics: CallMetrics | None = None
+    provisioners: dict[str, NodeProvisioner], question: Ensure | Observe | Release, metrics: CallMetrics | None = None
 ) -> NodeStatus:
     """A provisioner's answer. What it raises becomes a failed answer: one broken plugin fails only what depends on it."""
     began = time.monotonic()
     answer = _answer(provisioners[question.provisioner], question)
     if metrics:
-        method = "ensure" if isinstance(question, Ensure) else "release"
+        method = type(question).__name__.lower()
         result = type(answer.failure).__name__ if answer.failure else answer.phase
         metrics.called(question.provisioner, method, result, time.monotonic() - began)
     return answer
 
 
-def _answer(provisioner: NodeProvisioner, question: Ensure | Release) -> NodeStatus:
+def _answer(provisioner: NodeProvisioner, question: Ensure | Observe | Release) -> NodeStatus:
     request_id = question.request.id if isinstance(question, Ensure) else question.request_id
-    # A release that failed is tried again, whatever it failed for.
-    phase: Literal["failed", "releasing"] = "failed" if isinstance(question, Ensure) else "releasing"
+    # What failed in another way than saying no is asked again.
+    phases: dict[str, Literal["failed", "pending", "releasing"]] = {"Ensure": "failed", "Observe": "pending"}
+    phase = phases.get(type(question).__name__, "releasing")
     try:
         if isinstance(question, Ensure):
             return provisioner.ensure(question.request)
+        if isinstance(question, Observe):
+            return provisioner.observe(request_id)
         return provisioner.release(request_id)
     except ProvisioningError as e:
         return NodeStatus(request_id, phase, message=str(e), failure=e)

@@ -8,11 +8,26 @@ configuration with errors) is a `UserError` with every problem at once; what it 
 
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kaito_core.planning import catalogue
+from kaito_core.planning.choice import (
+    By,
+    cost_of,
+    gib,
+    in_order,
+    is_free,
+    is_model,
+    mismatch,
+    money,
+    only_known,
+    too_dear,
+    unobtainable,
+)
 from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements, Tuner, TuningFit
 from kaito_core.problems import Problem, UserError
@@ -21,8 +36,6 @@ from kaito_core.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from kaito_core.api import Workspace
-
-GIB = 1 << 30
 
 BUILT_IN_CONFIGS = ("lora-params-template", "qlora-params-template")
 """KAITO's own ConfigMaps. Naming one asks for the method's defaults, which here are the tuner's."""
@@ -45,13 +58,15 @@ class Catalog:
 
     registry: Registry
     offers: tuple[Offer, ...]
-    """The machines that can be had, best first."""
+    """The machines that can be had, and those that are only known (without a provisioner). Of equal ones the first is taken."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """``data`` of the ConfigMaps that the workspace may name."""
     data: DataFacts | None = None
     """What is known of the training data; None when it is not at hand."""
     model_folders: Mapping[str, str] = field(default_factory=dict)
     """Folders on this machine that hold a preset's weights, by preset name."""
+    installed: frozenset[str] = frozenset()
+    """Names of the provisioners that are installed, whether they offer something here or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,9 @@ class Candidate:
     """Why it is in the list: what the user named, or what the machine is."""
     rejected: str = ""
     """Why it is not taken; empty when it can be."""
+    cost: float | None = None
+    """US dollars for the job on all machines, an estimate: the training and ten minutes for what goes with it; None when the price
+    or the time is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +100,8 @@ class Plan:
     model_folder: str = ""
     refusal: Problem | None = None
     """Why nothing can run it, and the smallest change that would help; None when a machine is chosen."""
+    by: By = "cost"
+    """What makes a machine better than another."""
 
     @property
     def chosen(self) -> Candidate | None:
@@ -139,6 +159,7 @@ class Plan:
                 "parameters": self.preset.architecture.parameters,
             },
             "method": self.method,
+            "by": self.by,
             "config": self.config,
             "data": asdict(self.data) if self.data else None,
             "candidates": [_candidate_json(c, chosen=c is self.chosen) for c in self.candidates],
@@ -151,10 +172,16 @@ def _candidate_json(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
     return {
         "chosen": chosen,
         "instanceType": offer.instance_type,
+        "provisioner": offer.provisioner or None,
         "cloud": offer.cloud,
+        "region": offer.region or None,
+        "zone": offer.zone or None,
+        "capacityType": offer.capacity_type,
         "gpu": {"model": offer.gpu.model, "count": offer.gpus, "memory": offer.gpu.memory} if offer.gpu else None,
         "cpus": offer.cpus,
         "pricePerHour": offer.price.per_hour if offer.price else None,
+        "price": asdict(offer.price) if offer.price else None,
+        "cost": candidate.cost,
         "why": candidate.why,
         "rejected": candidate.rejected or None,
         "configuration": asdict(fit.configuration),
@@ -167,19 +194,30 @@ def _candidate_json(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
         "tokens": fit.tokens,
         "seconds": fit.seconds,
         "notes": list(fit.notes),
+        "estimates": ["memory", "steps", "tokens", "seconds", "cost"],
     }
 
 
 def requirements(workspace: Workspace) -> Requirements:
     """What the workspace asks of a machine."""
     resource = workspace.resource
-    named = (resource.instance_type,) if resource.instance_type else ()
-    labels = resource.label_selector.match_labels if resource.label_selector else {}
-    return Requirements(instance_types=named, labels=labels, count=resource.count)
+    gpu = resource.gpu
+    return Requirements(
+        instance_types=resource.wanted_types,
+        labels=resource.label_selector.match_labels if resource.label_selector else {},
+        count=resource.count,
+        gpu_model=gpu.model if gpu else "",
+        gpus=(gpu.count or 0) if gpu else 0,
+        gpu_memory=gpu.memory_bytes if gpu else 0,
+        capacity_types=resource.capacity_types,
+        regions=resource.regions,
+        zones=resource.zones,
+        max_price_per_hour=resource.max_price_per_hour,
+    )
 
 
-def plan(workspace: Workspace, catalog: Catalog) -> Plan:
-    """What will be done for this workspace.
+def plan(workspace: Workspace, catalog: Catalog, by: By = "cost") -> Plan:
+    """What will be done for this workspace, on the cheapest machine or, ``by`` time, on the fastest.
 
     Raises `UserError` with every problem at once when there is nothing to plan: an unknown preset or method, a model that
     cannot be tuned so, a configuration with errors.
@@ -204,13 +242,15 @@ def plan(workspace: Workspace, catalog: Catalog) -> Plan:
     refusal = None
     with blamed_on(f"the tuner {tuner.name!r}"):
         config = tuner.resolve(preset, method, user)
-        candidates = _candidates(workspace, preset, tuner, method, config, catalog)
+        job = _Job(preset, tuner, method, config, catalog.data)
+        wanted, limit = requirements(workspace), workspace.resource.max_cost
+        candidates = _candidates(job, wanted, limit, catalog, by)
         if all(c.rejected for c in candidates):
-            refusal = _refusal(preset, tuner, method, config, candidates, catalog.data)
+            refusal = _refusal(job, wanted, candidates)
     folder = catalog.model_folders.get(preset.name, "")
     if not folder and workspace.metadata.annotations.get(LOCAL_WEIGHTS, "").lower() == "true":
         folder = f"/opt/kaito/models/{preset.name}"  # KAITO's place for them, 1.3 of its annotations
-    return Plan(workspace, preset, tuner, method, config, candidates, catalog.data, folder, refusal)
+    return Plan(workspace, preset, tuner, method, config, candidates, catalog.data, folder, refusal, by)
 
 
 def _collect(found: list[Problem], *questions: Any) -> list[Any]:
@@ -263,90 +303,189 @@ def _user_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
     return dict(parsed["training_config"])
 
 
+class _Job:
+    """What is to be run, and how it fits machines. A fit depends on what is in a machine, not on where it stands and what it
+    costs: the same one in fifty regions is looked at once."""
+
+    def __init__(
+        self, preset: Preset, tuner: Tuner, method: str, config: Mapping[str, Any], data: DataFacts | None
+    ) -> None:
+        self.preset, self.tuner, self.method, self.config, self.data = preset, tuner, method, config, data
+        self._fits: dict[Any, TuningFit] = {}
+
+    def fit(self, offer: Offer) -> TuningFit:
+        gpu = offer.gpu
+        # Not the record itself: it would be hashed anew for every machine.
+        key = (
+            gpu and (gpu.model, gpu.memory, gpu.compute_capability, gpu.vendor),
+            offer.gpus,
+            offer.cpus,
+            offer.memory,
+        )
+        known = self._fits.get(key)
+        if known is None:
+            known = self.tuner.fit(self.preset, self.method, self.config, offer, self.data)
+            part = catalogue.share(gpu) if gpu and offer.gpus else 1.0
+            if known.seconds is not None and part < 1:
+                # A slice of a GPU has its share of the memory and of the speed; tuners know whole ones.
+                note = f"a slice of a {gpu.model if gpu else 'GPU'}: the time is that of the whole one by its share"
+                known = replace(known, seconds=known.seconds / part, notes=(*known.notes, note))
+            self._fits[key] = known
+        return known
+
+    def smaller(self) -> Iterable[tuple[str, _Job]]:
+        """The same with less memory, the least painful change first."""
+        for change in self.tuner.smaller(self.preset, self.method, self.config):
+            yield change.description, _Job(self.preset, self.tuner, change.method, change.config, self.data)
+
+
 def _candidates(
-    workspace: Workspace, preset: Preset, tuner: Tuner, method: str, config: Mapping[str, Any], catalog: Catalog
+    job: _Job, wanted: Requirements, max_cost: float | None, catalog: Catalog, by: By
 ) -> tuple[Candidate, ...]:
-    named = {t.lower() for t in requirements(workspace).instance_types}
+    named = {t.lower() for t in wanted.instance_types}
+    instead = functools.cache(lambda cloud: _replacement(job, wanted, max_cost, cloud))
     considered = []
     for offer in catalog.offers:
-        fit = tuner.fit(preset, method, config, offer, catalog.data)
+        fit = job.fit(offer)
+        cost = cost_of(offer, wanted.count, fit.seconds)
         if offer.is_local:
             why = "it is here, and costs nothing more"
         elif offer.instance_type.lower() in named:
-            why = "named in resource.instanceType"
+            why = f"named in resource.instanceType{'s' if len(named) > 1 else ''}"
         else:
             why = "it can be had"
-        considered.append(Candidate(offer, fit, why, _rejection(offer, fit)))
-    # Stable: among the usable ones, and among the rejected ones, the order of the offers is kept.
-    return tuple(sorted(considered, key=lambda c: bool(c.rejected)))
+        rejected = _rejection(offer, fit, wanted, max_cost, cost) or unobtainable(offer, catalog.installed)
+        if (
+            rejected
+            and offer.instance_type.lower() in named
+            and _is_retired(offer)
+            and (better := instead(offer.cloud))
+        ):
+            rejected += f"; the cheapest that fits instead is {better}"
+        considered.append(Candidate(offer, fit, why, rejected, cost))
+    return tuple(in_order(considered, wanted, by))
 
 
-def _rejection(offer: Offer, fit: TuningFit) -> str:
-    if offer.retired:
-        return offer.retired
-    if not fit.fits:
-        return f"needs {gib(fit.memory.total)}, has {gib(fit.capacity)}"
-    return ""
+def _rejection(offer: Offer, fit: TuningFit, wanted: Requirements, max_cost: float | None, cost: float | None) -> str:
+    reason = offer.retired or catalogue.obstacle(offer) or mismatch(offer, wanted)
+    if not reason and not fit.fits:
+        reason = f"needs {gib(fit.memory.total)}, has {gib(fit.capacity)}"
+    return reason or too_dear(offer, wanted, max_cost, cost)
 
 
-def _refusal(
-    preset: Preset,
-    tuner: Tuner,
-    method: str,
-    config: Mapping[str, Any],
-    candidates: Iterable[Candidate],
-    data: DataFacts | None,
-) -> Problem:
+def _is_retired(offer: Offer) -> bool:
+    """Whether its cloud gives it up. One that is there already goes on being used."""
+    known = catalogue.instance_types().get(offer.instance_type.lower())
+    return not is_free(offer) and known is not None and bool(known.retired)
+
+
+def _replacement(job: _Job, wanted: Requirements, max_cost: float | None, cloud: str) -> str:
+    """The cheapest machine of that cloud that could take the job in place of one that can no longer be had."""
+    anything = replace(wanted, instance_types=())
+    found = []
+    for offer in catalogue.offers(cloud, wanted.regions, wanted.capacity_types):
+        fit = job.fit(offer)
+        cost = cost_of(offer, wanted.count, fit.seconds)
+        if offer.price and not _rejection(offer, fit, anything, max_cost, cost):
+            found.append(Candidate(offer, fit, "", "", cost))
+    if not found:
+        return ""
+    return _priced(in_order(found, anything, "cost")[0].offer)
+
+
+def _priced(offer: Offer) -> str:
+    """``Standard_NC4as_T4_v3 (1×T4, $0.53 an hour in eastus)``."""
+    if offer.price is None:
+        return str(offer)
+    where = f" in {offer.region}" if offer.region else ""
+    spot = " as spot" if offer.capacity_type == "spot" else ""
+    return f"{str(offer).removesuffix(')')}, {money(offer.price.per_hour)} an hour{where}{spot})"
+
+
+SHOWN = 5
+"""Reasons in a refusal; the rest is counted."""
+
+
+def _refusal(job: _Job, wanted: Requirements, candidates: Iterable[Candidate]) -> Problem:
     """Says that nothing fits, why, and the least that would have to change."""
     tried = list(candidates)
+    odd = _unheard_of(wanted)
     if not tried:
         return Problem(
             "no machine is known that could run this",
-            "name an instance type in resource.instanceType, or use --local",
+            odd or "name an instance type in resource.instanceType, or use --local",
             field="resource.instanceType",
         )
-    reasons = "; ".join(f"{c.offer}: {c.rejected}" for c in tried)
-    smaller = _smallest_change(preset, tuner, method, config, tried, data)
-    larger = _smallest_machine(preset, tuner, method, config, data, tried[0].offer.cloud)
+    # What is only in the catalogue was not asked for, unless it was named.
+    named = {t.lower() for t in wanted.instance_types}
+    told = [c for c in tried if c.offer.provisioner or c.offer.instance_type.lower() in named] or tried
+    reasons = "; ".join(dict.fromkeys(f"{c.offer}: {c.rejected}" for c in told[:SHOWN]))
+    if len(told) > SHOWN:
+        reasons += f"; and {len(told) - SHOWN} more"
+    known = next((c for c in tried if only_known(c.rejected)), None)
+    dear = next((c.offer for c in tried if c.fit.fits and c.offer.price and _only_dear(c, wanted)), None)
+    smaller = _smallest_change(job, wanted, tried)
+    fits_somewhere = any(c.fit.fits and c.offer.provisioner for c in tried)
+    larger = "" if fits_somewhere or dear else _smallest_machine(job, tried[0].offer.cloud)
     remedies = [
+        odd,
         f"it fits {smaller}" if smaller else "",
+        f"the cheapest that fits is {_priced(dear)}" if dear else "",
         f"as it stands, the smallest machine is {larger}" if larger else "",
+        f"{_priced(known.offer)} would do: {known.rejected}" if known else "",
     ]
     remedy = "; ".join(r for r in remedies if r) or "no known machine is large enough"
+    if fits_somewhere and not any(remedies):
+        remedy = "ask for less in resource, or install a plugin that gets such a machine"
     return Problem(reasons, remedy, field="resource.instanceType")
 
 
-def _smallest_change(
-    preset: Preset,
-    tuner: Tuner,
-    method: str,
-    config: Mapping[str, Any],
-    tried: Iterable[Candidate],
-    data: DataFacts | None,
-) -> str:
-    """The least painful change with which the job fits one of the machines that were considered."""
-    here = [c.offer for c in tried if not c.offer.retired]
-    for change in tuner.smaller(preset, method, config):
-        for offer in here:
-            fit = tuner.fit(preset, change.method, change.config, offer, data)
-            if fit.fits:
-                needs = f"needs {gib(fit.memory.total)} of {gib(fit.capacity)}"
-                return f"{offer.instance_type} with {change.description} ({needs})"
+def _unheard_of(wanted: Requirements) -> str:
+    """A GPU or a region that is asked for and that no cloud has, as far as is known; most likely a slip of the pen."""
+    models = {o.gpu.model: o.gpu for o in catalogue.instance_types().values() if o.gpu}
+    if wanted.gpu_model and not any(is_model(gpu, wanted.gpu_model) for gpu in models.values()):
+        close = difflib.get_close_matches(wanted.gpu_model.upper(), models, n=2, cutoff=0.4)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        return f"no known GPU is called {wanted.gpu_model}{meant} (kaito catalog lists them)"
+    for region in wanted.regions:
+        if not any(catalogue.is_region(cloud, region) for cloud in catalogue.CLOUDS):
+            close = difflib.get_close_matches(region, catalogue.known_regions(), n=2)
+            meant = f"; did you mean {' or '.join(close)}?" if close else ""
+            return f"no known region is called {region}{meant}"
     return ""
 
 
-def _smallest_machine(
-    preset: Preset, tuner: Tuner, method: str, config: Mapping[str, Any], data: DataFacts | None, cloud: str
-) -> str:
+def _only_dear(candidate: Candidate, wanted: Requirements) -> bool:
+    """Whether a limit of cost is all that keeps the machine from being taken."""
+    offer = candidate.offer
+    return not (offer.retired or not offer.provisioner or catalogue.obstacle(offer) or mismatch(offer, wanted))
+
+
+def _smallest_change(job: _Job, wanted: Requirements, tried: Iterable[Candidate]) -> str:
+    """The least painful change with which the job fits one of the machines that were considered and are too small."""
+    here = [
+        c.offer
+        for c in tried
+        if c.offer.provisioner and not c.offer.retired and not c.fit.fits and not mismatch(c.offer, wanted)
+    ]
+    for description, changed in job.smaller() if here else ():
+        for offer in here:
+            fit = changed.fit(offer)
+            if fit.fits:
+                needs = f"needs {gib(fit.memory.total)} of {gib(fit.capacity)}"
+                return f"{offer.instance_type} with {description} ({needs})"
+    return ""
+
+
+def _smallest_machine(job: _Job, cloud: str) -> str:
     """The known machine with the least GPU memory that fits, of the same cloud where one is known."""
-    known = [o for o in catalogue.instance_types().values() if not o.retired and (not cloud or o.cloud == cloud)]
+    known = [
+        m.offer
+        for m in catalogue.machines().values()
+        if not m.offer.retired and not m.obstacle and (not cloud or m.offer.cloud == cloud)
+    ]
     for offer in sorted(known, key=lambda o: (o.gpus * o.device_memory, o.cpus, o.instance_type)):
-        fit = tuner.fit(preset, method, config, offer, data)
+        fit = job.fit(offer)
         if fit.fits:
             return f"{offer} (needs {gib(fit.memory.total)} of {gib(fit.capacity)})"
     return ""
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them: ``4.6 GiB``, ``312 MiB``."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):.0f} MiB"

@@ -15,22 +15,20 @@ import click
 from kaito_core.cli.cluster import standalone as alone
 from kaito_core.cli.cluster.documents import Applicable, applicable, apply, try_out
 from kaito_core.cli.cluster.follow import failure, follow, where
-from kaito_core.cli.cluster.workspace import holds_machines, succeeded
+from kaito_core.cli.cluster.workspace import holds_machines, succeeded, tried
 from kaito_core.cli.follow import Follower, headline, made
 from kaito_core.cli.given import Given, plan_of, read
 from kaito_core.cli.run import at_terminal, refuse
 from kaito_core.cli.show import duration
 from kaito_core.cli.target import Target, connected, obstacle, readiness
 from kaito_core.kube.kinds import WORKSPACES, Object
+from kaito_core.planning.choice import is_free, money
 from kaito_core.planning.plan import Plan
 from kaito_core.plugins.manager import load_plugins
 from kaito_core.problems import Failure, Problem, UserError
 
 if TYPE_CHECKING:
     from kaito_core.kube.client import Client
-
-FREE = frozenset({"existing", "local"})
-"""Node provisioners whose machines are there anyway, and cost nothing more."""
 
 
 def run_in_cluster(
@@ -113,7 +111,7 @@ def _install_definition(client: Client, yes: bool) -> None:
 
 def _confirmed(plans: Sequence[Plan], yes: bool) -> bool:
     """Whether it may begin. UserError when it costs money and nobody can be asked."""
-    costs = [_cost(p) for p in plans if p.chosen and p.chosen.offer.provisioner not in FREE]
+    costs = [_cost(p) for p in plans if p.chosen and not is_free(p.chosen.offer)]
     for words in costs:
         click.echo(words)
     if yes:
@@ -133,9 +131,10 @@ def _cost(plan: Plan) -> str:
         return f"{plan.workspace.name} gets a {offer.instance_type} of {offer.provisioner}; its price is not known"
     price, count = offer.price, plan.workspace.resource.count
     words = f"{plan.workspace.name} costs ${price.per_hour * count:.2f} an hour ({offer.instance_type}, {price.source} of {price.date})"
-    if seconds:
-        total = price.per_hour * count * seconds / 3600
-        words += f", about ${total:.2f} for {duration(seconds)} of training (estimate)"
+    if plan.chosen.cost is not None:
+        words += (
+            f", about {money(plan.chosen.cost)} for {duration(seconds)} of training and what goes with it (estimate)"
+        )
     others = [c.offer.price.per_hour * count for c in plan.candidates if not c.rejected and c.offer.price is not None]
     if max(others) > price.per_hour * count:
         words += f"; up to ${max(others):.2f} an hour where that cannot be had"
@@ -204,6 +203,8 @@ class _Run:
             if succeeded(ended):
                 _result(ended)
             else:
+                for number, line in enumerate(tried(ended)):
+                    click.echo(("" if number else "\n  tried\n") + f"    {line}")
                 failed.extend(failure(ended, self.options).problems)
         if failed:
             raise Failure(failed)

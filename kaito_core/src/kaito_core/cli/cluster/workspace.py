@@ -64,6 +64,15 @@ def holds_machines(workspace: Object) -> bool:
     return bool(tried) and not tried[-1].get("ended")
 
 
+def tried(workspace: Object) -> list[str]:
+    """A table of the attempts that came to nothing, for the revision that was run last: machine, reason, the cloud's words."""
+    ended = [a for a in attempts(workspace) if a.get("ended") and a.get("message")]
+    last = ended[-1].get("revision") if ended else None
+    rows = [(attempt_words(a), str(a.get("reason", "")), str(a["message"])) for a in ended if a.get("revision") == last]
+    widths = [max((len(r[i]) for r in rows), default=0) for i in (0, 1)]
+    return [f"{what:{widths[0]}}  {reason:{widths[1]}}  {said}" for what, reason, said in rows]
+
+
 def news(before: Object | None, now: Object) -> list[str]:
     """What happened between two looks, a line each."""
     return list(dict.fromkeys([*_tried(before, now), *_nodes(before, now), *_conditions(before, now)]))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kaito_core.api import conditions, labels
 from kaito_core.api.conditions import State
-from kaito_core.controller.reconcile.decision import Decision, Deletion, Ensure, Note, Release
+from kaito_core.controller.reconcile.decision import Decision, Deletion, Ensure, Note, Observe, Release
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.revisions import History, history
 from kaito_core.kube.kinds import Kind, Object
@@ -34,7 +34,7 @@ class Case:
         self.status: dict[str, Any] = copy.deepcopy(workspace.get("status") or {})
         self.history: History = history(workspace, observed.revisions)
         self.finalizer: bool | None = None
-        self.ask: Ensure | Release | None = None
+        self.ask: Ensure | Observe | Release | None = None
         self.create: list[tuple[Kind, Object]] = []
         self.delete: list[Deletion] = []
         self.notes: list[Note] = []

@@ -24,6 +24,19 @@ class Ensure:
 
 
 @dataclass(frozen=True)
+class Observe:
+    """Ask what has become of a request, without asking for anything."""
+
+    provisioner: str
+    request_id: str
+
+    @property
+    def key(self) -> str:
+        """Where the answer is in `Observed.asked`."""
+        return f"observe/{self.provisioner}/{self.request_id}"
+
+
+@dataclass(frozen=True)
 class Release:
     """Give a request's machines back."""
 
@@ -62,7 +75,7 @@ class Decision:
 
     finalizer: bool | None = None
     """Put it (True), remove it (False), leave it (None)."""
-    ask: Ensure | Release | None = None
+    ask: Ensure | Observe | Release | None = None
     """The answer goes into `Observed.asked`, and everything is decided anew."""
     create: tuple[tuple[Kind, Object], ...] = ()
     """Made in this order. That one exists already is fine when it is ours."""

@@ -149,6 +149,11 @@ def _written(case: Case) -> bool:
 
 
 def _ready(case: Case, request: NodeRequest, status: NodeStatus) -> None:
+    if case.attempt is not None:
+        case.attempt["revision"] = (
+            case.history.current.number
+        )  # of an earlier one where its machines were kept for this
+        case.attempt.pop("idleSince", None)
     if status.offer is not None and case.attempt is not None:
         case.attempt.pop("pricePerHour", None)
         case.attempt.update(_attempt(status.offer) | _price(status.offer))

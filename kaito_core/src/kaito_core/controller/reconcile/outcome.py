@@ -5,13 +5,15 @@ The job itself decides whether a failed pod is tried again; the Workspace has fa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from kaito_core.api import conditions
+from kaito_core.api.resource import seconds_of
 from kaito_core.controller.reconcile.case import Case, find, seconds
-from kaito_core.controller.reconcile.decision import Deletion
+from kaito_core.controller.reconcile.decision import Deletion, Observe
 from kaito_core.controller.reconcile.diagnosis import Trouble, containers, last_words, latest, stage, started, trouble
-from kaito_core.controller.reconcile.nodes import give_up, given_back
+from kaito_core.controller.reconcile.nodes import POLL, give_up
 from kaito_core.controller.reconcile.observed import Installed
 from kaito_core.kube.kinds import JOBS, Object
 
@@ -32,9 +34,7 @@ def outcome(case: Case, job: Object) -> None:
     if "Complete" in ended:
         _succeeded(case, pods)
         return
-    lost = _lost(case)
-    if lost and "Failed" not in ended:
-        _another_machine(case, job, lost)
+    if "Failed" not in ended and not _machines_are_there(case, job, pod):
         return
     now = trouble(pod) if pod is not None else None
     if "Failed" in ended:
@@ -101,17 +101,51 @@ GONE = 600.0
 """Seconds after which a machine whose kubelet says nothing is taken for gone, even if its Node object is still there."""
 
 
-def _lost(case: Case) -> str:
-    """Why the machines that were got for this job are no more; empty when they are there, or were there before us."""
+def _machines_are_there(case: Case, job: Object, pod: Object | None) -> bool:
+    """Whether the job has what it runs on; where it has not, what is done about it is decided here."""
     attempt = case.attempt
-    if attempt is None or not case.observed.provisioners.get(str(attempt["provisioner"]), Installed()).holds:
-        return ""
+    if attempt is None or not _holds(case, attempt):
+        case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
+        return True
     if attempt.get("reason") == MACHINE_LOST:
-        return str(attempt.get("message", ""))  # begun before, and not at its end yet
+        _another_machine(case, job, str(attempt.get("message", "")))  # begun before, and not at its end yet
+        return False
     ready = find(case.status.get("conditions"), conditions.RESOURCE_READY)
-    if ready is None or case.observed.now - seconds(ready["lastTransitionTime"]) < SETTLED:
-        return ""
-    for name in case.status.get("workerNodes", ()):
+    if ready is None or ready["status"] != "True":
+        return _noted(case, job, attempt)
+    bound = pod.get("spec", {}).get("nodeName") if pod is not None else ""
+    lost = _lost(case, {*case.status.get("workerNodes", ()), *([bound] if bound else [])})
+    if not lost:
+        return True
+    if case.observed.now - seconds(ready["lastTransitionTime"]) < SETTLED:
+        case.look_again(SETTLED)
+        return True
+    _another_machine(case, job, lost)
+    return False
+
+
+def _noted(case: Case, job: Object, attempt: dict[str, Any]) -> bool:
+    """A controller died after it had made the job and before it could note what it runs on: the provisioner knows."""
+    question = Observe(str(attempt["provisioner"]), case.request_id)
+    answer = case.observed.asked.get(question.key)
+    if answer is None:
+        case.ask = question
+        return False
+    if answer.phase in ("absent", "failed", "releasing"):
+        _another_machine(case, job, answer.message or "the machine is gone")
+        return False
+    if answer.phase != "ready":
+        case.look_again(POLL)
+        return True
+    case.status["workerNodes"] = list(answer.nodes)
+    case.set(conditions.NODES_READY, "True", "NodesReady", "")
+    case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
+    return True
+
+
+def _lost(case: Case, names: Iterable[str]) -> str:
+    """Why one of these machines is no more; empty when all are there."""
+    for name in sorted(names):
         if name not in case.observed.nodes:
             continue
         node = case.observed.nodes[name]
@@ -233,13 +267,30 @@ def release(case: Case) -> None:
     if case.observed.provisioners and attempt.get("provisioner") not in case.observed.provisioners:
         _cannot_release(case, attempt)
         return
-    if given_back(case, str(attempt["provisioner"])):
-        state = str(case.status.get("state", ""))
-        case.end_attempt(state, "")
+    if _kept(case, attempt):
+        return
+    state = str(case.status.get("state", ""))
+    give_up(case, state, "")
+    if case.attempt is None:
         if state == "Succeeded":
             message = "the machines were given back after the job"
             case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", message)
         case.unset(conditions.NODES_READY)
+
+
+def _kept(case: Case, attempt: dict[str, Any]) -> bool:
+    """Whether its machines wait for the next job of this Workspace, as ``resource.keep`` asks."""
+    keep = seconds_of(str(case.workspace.get("resource", {}).get("keep", ""))) or 0.0
+    if not keep or attempt.get("reason") or not _holds(case, attempt):
+        return False
+    left = seconds(attempt.setdefault("idleSince", case.time)) + keep - case.observed.now
+    if left > 0:
+        case.look_again(left)
+    return left > 0
+
+
+def _holds(case: Case, attempt: dict[str, Any]) -> bool:
+    return case.observed.provisioners.get(str(attempt["provisioner"]), Installed()).holds
 
 
 def _cannot_release(case: Case, attempt: dict[str, Any]) -> None:
