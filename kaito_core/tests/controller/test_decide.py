@@ -20,7 +20,7 @@ from kaito_core.controller.reconcile.outcome import PATIENCE
 from kaito_core.plugins.types import InsufficientCapacity, NodeStatus, NotAuthorized, QuotaExceeded, Transient
 from kaito_core.problems import Problem
 
-from .simulation import START, WORLD, Crash, Simulation, workspace_object
+from .simulation import START, WORLD, Crash, Simulation, planned, workspace_object
 
 FINISHED = {
     "event": "finished",
@@ -240,6 +240,35 @@ def test_a_machine_that_was_taken_away_is_followed_by_another_and_the_job_goes_o
     assert [a.get("reason") for a in simulation.workspace["status"]["attempts"]] == ["MachineLost", None]
     hashes = [j["metadata"]["annotations"]["workspace.kaito.io/hash"] for j in (first, simulation.job)]
     assert hashes[0] == hashes[1], "the same revision, so the same checkpoints"
+
+
+def test_a_cloud_that_does_not_answer_loses_nobody_the_machine_that_was_asked_of_it() -> None:
+    simulation = Simulation(pending=9)
+    simulation.reconcile()
+    assert simulation.workspace is not None
+    observed = simulation.observe()
+    silent = replace(planned(simulation.workspace, ()), failed=frozenset({"cloud"}))
+    decision = decide(simulation.workspace, replace(observed, planned=silent), WORLD)
+    assert decision.ask is None
+    assert decision.look_again_after
+    gone = decide(simulation.workspace, replace(observed, planned=planned(simulation.workspace, ())), WORLD)
+    assert isinstance(gone.ask, Release), "what is really not offered any more is given back"
+
+
+@pytest.mark.parametrize(("refusal", "kept"), [("SecretMissing", True), ("NoNode", True), ("PolicyRefused", False)])
+def test_what_may_come_back_is_waited_for_with_the_machine_in_hand(refusal: Refusal, kept: bool) -> None:
+    simulation = Simulation(pending=9)
+    simulation.reconcile()
+    assert simulation.workspace is not None
+    no = Planned(None, refusal, (Problem("not now"),))
+    decision = decide(simulation.workspace, replace(simulation.observe(), planned=no), WORLD)
+    assert (decision.ask is None) is kept
+    if kept:
+        assert decision.status is not None
+        simulation.workspace["status"] = dict(decision.status)
+        simulation.now += 3600
+        later = decide(simulation.workspace, replace(simulation.observe(), planned=no), WORLD)
+        assert isinstance(later.ask, Release)
 
 
 def test_a_node_that_is_not_seen_yet_is_not_lost() -> None:

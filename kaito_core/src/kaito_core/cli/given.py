@@ -158,7 +158,10 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
     named = workspace.tuning.config if workspace.tuning else ""
     if named and named not in config_maps and (there := cluster.get(CONFIG_MAPS, named, workspace.namespace)):
         config_maps[named] = there.get("data") or {}
-    planned = plan(workspace, Catalog(plugins, cluster_offers(workspace, provisioners), config_maps), by)
+    offered = cluster_offers(workspace, provisioners)
+    for problem in offered.failed.values():
+        click.echo(f"warning: {problem.message}", err=True)
+    planned = plan(workspace, Catalog(plugins, offered.offers, config_maps), by)
     if planned.refusal and all(c.offer.retired for c in planned.candidates):
         why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
         return replace(planned, refusal=why)

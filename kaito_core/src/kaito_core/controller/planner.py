@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kaito_core.api import Workspace, read_workspace
@@ -17,7 +17,7 @@ from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, Object
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import BUILT_IN_CONFIGS, Catalog, Plan, plan, requirements
 from kaito_core.plugins.guard import blamed_on
-from kaito_core.plugins.types import NodeProvisioner, Offer
+from kaito_core.plugins.types import NodeProvisioner, Offer, ProvisioningError
 from kaito_core.problems import KaitoError, Problem
 
 if TYPE_CHECKING:
@@ -38,21 +38,33 @@ def cluster_provisioners(plugins: PluginManager) -> dict[str, NodeProvisioner]:
     return {n: p for n, p in plugins.provisioners().items() if n != LOCAL}
 
 
-def cluster_offers(workspace: Workspace, provisioners: Mapping[str, NodeProvisioner]) -> tuple[Offer, ...]:
-    """What can be had for the Workspace in a cluster, machines that are there already first, GPUs before none. An instance type that is
-    named and that nobody offers is in it too, with the reason, so that a plan can say what became of it."""
+@dataclass(frozen=True)
+class Offered:
+    """What can be had in a cluster."""
+
+    offers: tuple[Offer, ...]
+    """An instance type that is named and that nobody offers is among them too, with the reason, so that a plan can say what became
+    of it."""
+    failed: Mapping[str, Problem]
+    """The provisioners that could not say what they have, by name; it is not known then what they would have offered."""
+
+
+def cluster_offers(workspace: Workspace, provisioners: Mapping[str, NodeProvisioner]) -> Offered:
+    """Ask every provisioner. One that fails keeps nobody from the machines of the others."""
     wanted = requirements(workspace)
     found: list[Offer] = []
-    for provisioner in provisioners.values():
-        with blamed_on(f"the node provisioner {provisioner.name!r}"):
-            found.extend(provisioner.offers(wanted))
-    # A machine without a GPU can do it too, slowly: the last choice. What has no price is there already.
-    found.sort(key=lambda o: (not o.gpus, o.price.per_hour if o.price else 0.0))
+    failed: dict[str, Problem] = {}
+    for name, provisioner in provisioners.items():
+        try:
+            with blamed_on(f"the node provisioner {name!r}"):
+                found.extend(provisioner.offers(wanted))
+        except ProvisioningError as e:
+            failed[name] = Problem(f"the node provisioner {name!r} does not know what it has: {e}", field="resource")
+        except KaitoError as e:
+            failed[name] = e.problems[0]
     offered = {o.instance_type.lower() for o in found}
-    for name in wanted.instance_types:
-        if name.lower() not in offered:
-            found.append(_unobtainable(name))
-    return tuple(found)
+    found += [_unobtainable(n) for n in wanted.instance_types if n.lower() not in offered and not failed]
+    return Offered(tuple(found), failed)
 
 
 def _unobtainable(name: str) -> Offer:
@@ -91,14 +103,12 @@ class Planner:
                 return _refused("ConfigMapMissing", [_no_config_map(named, workspace.namespace)])
             if found is not None:
                 config_maps, version = {named: found.get("data") or {}}, found["metadata"]["resourceVersion"]
-        try:
-            offers = cluster_offers(workspace, self._provisioners)
-        except KaitoError as e:
-            return _refused("NoNode", e.problems)
-        key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), version, offers)
+        offered = cluster_offers(workspace, self._provisioners)
+        key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), version, offered.offers)
         planned = self._known.get(key)
         if planned is None:
-            planned = self._plan(workspace, Catalog(registry=self._plugins, offers=offers, config_maps=config_maps))
+            catalog = Catalog(registry=self._plugins, offers=offered.offers, config_maps=config_maps)
+            planned = self._plan(workspace, catalog)
             self._known[key] = planned
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
@@ -106,7 +116,13 @@ class Planner:
             missing = self._missing_secrets(planned.plan)
             if missing:
                 return _refused("SecretMissing", missing)
-        return planned
+        if not offered.failed:
+            return planned
+        for problem in offered.failed.values():
+            log.warning("%s", problem.message)
+        if planned.refusal in ("NoNode", "DoesNotFit"):  # it may be that one of them has what is needed
+            return _refused("NoNode", (*offered.failed.values(), *planned.problems))
+        return replace(planned, failed=frozenset(offered.failed))
 
     def _plan(self, workspace: Workspace, catalog: Catalog) -> Planned:
         try:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kaito_core.plugins.types import ProvisioningError
 from kaito_core.problems import Failure, KaitoError
 
 
 @contextmanager
 def blamed_on(what: str) -> Iterator[None]:
-    """Within, anything but a `KaitoError` becomes a `Failure` that names ``what`` (``the tuner 'qlora'``)."""
+    """Within, anything but a `KaitoError` or a `ProvisioningError`, which are words for people, becomes a `Failure` that names
+    ``what`` (``the tuner 'qlora'``)."""
     try:
         yield
-    except KaitoError:
+    except (KaitoError, ProvisioningError):
         raise
     except Exception as e:
         words = f"{type(e).__name__}: {e}".splitlines()[0]

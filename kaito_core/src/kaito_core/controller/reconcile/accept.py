@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from kaito_core.api import conditions
-from kaito_core.controller.reconcile.case import Case, words
+from kaito_core.controller.reconcile.case import Case, find, seconds, words
 from kaito_core.controller.reconcile.nodes import give_up
 from kaito_core.controller.reconcile.observed import WAITING
 from kaito_core.kube.kinds import REVISIONS
 
 WAIT = 15.0
 """Seconds until it is looked again whether a missing ConfigMap or Secret, which nobody watches, has appeared."""
+
+
+KEPT = 300.0
+"""Seconds for which machines that were asked for are kept while something is missing that may come back: a Secret that is being
+replaced, a cloud that does not answer."""
 
 
 def accept(case: Case) -> bool:
@@ -20,12 +25,14 @@ def accept(case: Case) -> bool:
         message = words(problems)
         if case.set(conditions.ACCEPTED, "False", refusal, message):
             case.note("Warning", refusal, message)
-        case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", "no machine has been asked for")
+        asked = "machines were asked for, and are kept for a while" if case.attempt else "no machine has been asked for"
+        case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", asked)
         reason = "workspacePending" if waiting else "workspaceFailed"
         case.set(conditions.WORKSPACE_SUCCEEDED, "False", reason, message)
         case.state("Pending" if waiting else "Failed")
-        give_up(case, "Refused", message)
-        if refusal in ("ConfigMapMissing", "SecretMissing"):
+        if not waiting or _waited(case) > KEPT:
+            give_up(case, "Refused", message)
+        if waiting and (case.attempt is not None or refusal != "NoNode"):
             case.look_again(WAIT)
         return False
     case.set(conditions.ACCEPTED, "True", "Planned", "")
@@ -33,3 +40,9 @@ def accept(case: Case) -> bool:
     if case.history.missing is not None:
         case.create.append((REVISIONS, case.history.missing))
     return True
+
+
+def _waited(case: Case) -> float:
+    """Seconds since the Workspace could last be planned."""
+    accepted = find(case.status.get("conditions"), conditions.ACCEPTED)
+    return case.observed.now - seconds(accepted["lastTransitionTime"]) if accepted else 0.0

@@ -40,6 +40,10 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
         return None
     candidate = next_candidate(case, plan)
     if case.attempt is not None and (candidate is None or not _same(case.attempt, candidate.offer)):
+        if case.attempt["provisioner"] in case.observed.planned.failed:
+            _pending(case, f"{case.attempt['provisioner']} does not answer; what it was asked for is waited for")
+            case.look_again(SOONEST)
+            return None
         # What was asked for is not offered any more. It is given back first: nothing may be held at two places.
         give_up(case, "OfferGone", "it is not offered any more")
         return None

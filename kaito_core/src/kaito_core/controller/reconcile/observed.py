@@ -31,6 +31,8 @@ class Planned:
     plan: Plan | None = None
     refusal: Refusal | None = None
     problems: tuple[Problem, ...] = ()
+    failed: frozenset[str] = frozenset()
+    """The provisioners that could not say what they have: that an offer of theirs is not in the plan means nothing."""
 
 
 @dataclass(frozen=True)
