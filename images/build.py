@@ -21,7 +21,12 @@ from pathlib import Path
 
 IMAGES = Path(__file__).resolve().parent
 ROOT = IMAGES.parent
-PACKAGES = ("kaito_core", "plugins/kaito_preset_phi3", "plugins/kaito_preset_demo", "plugins/kaito_tuner_qlora")
+BOTH = ("kaito_core", "plugins/kaito_preset_phi3", "plugins/kaito_preset_demo", "plugins/kaito_tuner_qlora")
+PACKAGES = {
+    "controller": (*BOTH, "plugins/kaito_provisioner_karpenter", "plugins/kaito_provisioner_aks"),
+    "tuner": BOTH,
+}
+"""What of this repository is in which image."""
 TOOLS = {"docker": ("docker", "build"), "podman": ("podman", "build"), "buildah": ("buildah", "bud", "--layers")}
 
 
@@ -36,9 +41,10 @@ def main() -> int:
     epoch = os.environ.get("SOURCE_DATE_EPOCH") or _git("log", "-1", "--format=%ct") or "0"
     with tempfile.TemporaryDirectory(prefix="kaito-images-") as folder:
         wheels = Path(folder) / "wheels"
-        if not _wheels(wheels, epoch):
-            return 1
         for name, reference in zip(names, references, strict=True):
+            shutil.rmtree(wheels, ignore_errors=True)
+            if not _wheels(name, wheels, epoch):
+                return 1
             shutil.copy(IMAGES / f"constraints-{name}.txt", Path(folder) / "constraints.txt")
             command = [*TOOLS[tool], "--file", str(IMAGES / name / "Dockerfile"), "--tag", reference]
             command += ["--label", f"org.opencontainers.image.version={version()}"]
@@ -82,8 +88,8 @@ def _works(tool: str) -> bool:
     return shutil.which(tool) is not None and subprocess.run([tool, "info"], capture_output=True).returncode == 0
 
 
-def _wheels(folder: Path, epoch: str) -> bool:
-    packages = [str(ROOT / p) for p in PACKAGES]
+def _wheels(image: str, folder: Path, epoch: str) -> bool:
+    packages = [str(ROOT / p) for p in PACKAGES[image]]
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *packages]
     return _run(build, SOURCE_DATE_EPOCH=epoch)
 

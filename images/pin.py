@@ -18,7 +18,14 @@ from pathlib import Path
 IMAGES = Path(__file__).resolve().parent
 ROOT = IMAGES.parent
 CONTENTS = {
-    "controller": ("kaito_core", "plugins/kaito_preset_phi3", "plugins/kaito_preset_demo", "plugins/kaito_tuner_qlora"),
+    "controller": (
+        "kaito_core",
+        "plugins/kaito_preset_phi3",
+        "plugins/kaito_preset_demo",
+        "plugins/kaito_tuner_qlora",
+        "plugins/kaito_provisioner_karpenter",
+        "plugins/kaito_provisioner_aks",
+    ),
     "tuner": (
         "kaito_core[data]",
         "plugins/kaito_preset_phi3",

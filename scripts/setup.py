@@ -32,6 +32,8 @@ PACKAGES = (
     "plugins/kaito_preset_phi3",
     "plugins/kaito_preset_demo",
     "plugins/kaito_tuner_qlora[train]",
+    "plugins/kaito_provisioner_karpenter[aws,test]",
+    "plugins/kaito_provisioner_aks[test]",
 )
 TOOLS = ("ruff>=0.9", "mypy>=1.14", "import-linter>=2.1", "types-PyYAML", "types-jsonschema", "jsonschema")
 

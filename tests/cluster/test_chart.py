@@ -125,8 +125,12 @@ def test_everything_that_can_be_switched_on_renders() -> None:
     kinds = [o["kind"] for o in rendered("metrics.serviceMonitor.enabled=true", "networkPolicy.enabled=false")]
     assert "ServiceMonitor" in kinds
     assert "NetworkPolicy" not in kinds
-    [deployment] = [o for o in rendered("image.controller=r.example.com/mine:2") if o["kind"] == "Deployment"]
-    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    [deployment] = [
+        o for o in rendered("image.controller=r.example.com/mine:2", "podLabels.a=b") if o["kind"] == "Deployment"
+    ]
+    template = deployment["spec"]["template"]
+    assert template["metadata"]["labels"]["a"] == "b"
+    container = template["spec"]["containers"][0]
     assert container["image"] == "r.example.com/mine:2"
     assert f"--tuner-image=registry.example.com/kaito/kaito-tuner:{__version__}" in container["args"]
 

@@ -30,6 +30,7 @@ class ControlPlane:
         self._controllers = controllers
         self._etcd = free_port()
         self._daemons = Daemons(folder)
+        self._admin = secrets.token_hex(16)
 
     def start(self) -> None:
         """RuntimeError when it does not get ready."""
@@ -106,6 +107,10 @@ class ControlPlane:
         }
         path.write_text(json.dumps(config, indent=1), "utf-8")
 
+    def write_kubeconfig_of_node(self, path: Path, node: str) -> None:
+        """A kubeconfig as that node's kubelet. By impersonation: a certificate's name may have 64 characters, a node's more."""
+        self.write_kubeconfig(path, {"token": self._admin, "as": f"system:node:{node}", "as-groups": ["system:nodes"]})
+
     # --- parts
 
     def _identities(self) -> None:
@@ -119,7 +124,7 @@ class ControlPlane:
         self.certificate("kubelet-client", "/O=system:masters/CN=kubelet-client")
         tokens = []
         for who in (ADMIN, "kube-controller-manager", "kube-scheduler", "kube-proxy"):
-            token, user = secrets.token_hex(16), who if who == ADMIN else f"system:{who}"
+            token, user = (self._admin, who) if who == ADMIN else (secrets.token_hex(16), f"system:{who}")
             tokens.append(f'{token},{user},{who},"{"system:masters" if who == ADMIN else ""}"\n')
             self.write_kubeconfig(self.folder / f"{who}.kubeconfig", {"token": token})
         (self.folder / "tokens.csv").write_text("".join(tokens), "utf-8")

@@ -42,7 +42,8 @@ class Nodes:
         self._cluster = control_plane
         self._folder = control_plane.folder
         self._shared = Daemons(self._folder)
-        self._nodes: dict[str, Daemons] = {}
+        self._nodes: dict[str, tuple[Path, Daemons]] = {}
+        self._joined = 0
         self._others = _network_namespaces(self._folder)
         """Network namespaces that were there before, and are somebody else's."""
 
@@ -63,19 +64,21 @@ class Nodes:
 
     def join(self, name: str, labels: Mapping[str, str], taints: Sequence[str], gpus: int) -> None:
         """A new machine. It says that it has ``gpus`` GPUs, which nobody can use: the device is not there."""
-        folder = self._folder / "nodes" / name
+        # By number: a cloud's names are long, and the path of a Unix socket may have 107 characters.
+        self._joined += 1
+        place = f"nodes/{self._joined}"
+        folder = self._folder / place
         folder.mkdir(parents=True)
-        self._nodes[name] = daemons = Daemons(folder)
-        self._write(f"nodes/{name}/containerd.toml", _CONTAINERD.format(
+        daemons = Daemons(folder)
+        self._nodes[name] = folder, daemons
+        self._write(f"{place}/containerd.toml", _CONTAINERD.format(
             folder=folder, socket=_socket(folder), registries=self._folder / "certs.d", cni=self._folder / "cni",
             plugins=PLUGINS, sandbox=SANDBOX))  # fmt: skip
         daemons.start("containerd", ["-c", "containerd.toml"])
         until("containerd", lambda: self._ctr(folder, "version") is not None, daemons.log("containerd"))
         self.load(name, self._folder / "busybox.tar")
-        self._cluster.certificate(f"nodes/{name}/kubelet", f"/O=system:nodes/CN=system:node:{name}")
-        me = {"client-certificate": str(folder / "kubelet.crt"), "client-key": str(folder / "kubelet.key")}
-        self._cluster.write_kubeconfig(folder / "kubelet.kubeconfig", me)
-        self._write(f"nodes/{name}/kubelet.json", self._kubelet(folder, taints))
+        self._cluster.write_kubeconfig_of_node(folder / "kubelet.kubeconfig", name)
+        self._write(f"{place}/kubelet.json", self._kubelet(folder, taints))
         daemons.start("kubelet", [
             "--config=kubelet.json", "--kubeconfig=kubelet.kubeconfig", f"--hostname-override={name}",
             f"--node-ip={self._cluster.host}", f"--root-dir={folder / 'kubelet'}", f"--cert-dir={folder / 'pki'}",
@@ -92,7 +95,7 @@ class Nodes:
 
     def leave(self, name: str) -> None:
         """The machine is gone, with everything on it, and says nothing. Its Node object stays until somebody deletes it."""
-        daemons, folder = self._nodes.pop(name), self._folder / "nodes" / name
+        folder, daemons = self._nodes.pop(name)
         daemons.kill("kubelet")
         for _ in range(50):
             tasks = (self._ctr(folder, "tasks", "ls", "-q") or "").split()
@@ -108,7 +111,7 @@ class Nodes:
 
     def load(self, name: str, archive: Path) -> None:
         """Give an image archive (OCI or docker) to a node. RuntimeError when it does not take it."""
-        if self._ctr(self._folder / "nodes" / name, "images", "import", str(archive.resolve())) is None:
+        if self._ctr(self._nodes[name][0], "images", "import", str(archive.resolve())) is None:
             raise RuntimeError(f"the node {name} does not take {archive}")
 
     def trust(self, host: str) -> None:
