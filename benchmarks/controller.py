@@ -1,6 +1,9 @@
 """What the controller costs: many Workspaces at once against a real API server.
 
     python benchmarks/controller.py [--workspaces 500]
+    python benchmarks/controller.py --claims FOLDER     # machines are bought: NodeClaims, and a stand-in for Karpenter
+
+FOLDER has Karpenter's definitions. The stand-in makes each claim ready at once.
 
 Starts a control plane (`$KUBEBUILDER_ASSETS`), makes a Node with a GPU for each Workspace by hand, starts ``kaito controller`` as a
 user would, creates the Workspaces and waits until each has its Job. What was asked of the API server is read from its own
@@ -15,18 +18,25 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kaito_core.api.crd import crd
 from kaito_core.kube.client import Client, connect
-from kaito_core.kube.kinds import CRDS, JOBS, NODES, WORKSPACES, Object
+from kaito_core.kube.kinds import CONFIG_MAPS, CRDS, JOBS, NODES, WORKSPACES, Kind, Object
 from kaito_core.testing.cluster import Cluster, running_cluster, why_no_cluster
 
+CLAIMS = Kind("karpenter.sh/v1", "NodeClaim", "nodeclaims", namespaced=False)
+NODE_CLASSES = Kind("karpenter.kwok.sh/v1alpha1", "KWOKNodeClass", "kwoknodeclasses", namespaced=False)
+TYPE = "Standard_NC24ads_A100_v4"
 WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 REST_SECONDS = 20.0
 """How long it is watched at rest."""
@@ -45,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workspaces", type=int, default=500)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--claims", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     if reason := why_no_cluster():
         print(f"cannot be measured here: {reason}", file=sys.stderr)
@@ -55,28 +66,81 @@ def main() -> int:
         running_cluster(Path(folder) / "cluster", controllers="*,-node-lifecycle-controller") as cluster,
     ):
         client = connect(kubeconfig=str(cluster.kubeconfig), user_agent="benchmark")
-        prepare(client, given.workspaces)
+        definitions(client, crd())
+        while not client.serves(WORKSPACES):
+            time.sleep(0.1)
+        stop = threading.Event()
+        if given.claims:
+            machines_by_claim(cluster, client, given.claims, stop)
+        else:
+            at_once(lambda number: machine(client, f"gpu-{number:04}", NODE_LABELS), given.workspaces)
         with controller(cluster, Path(folder), given.workers) as process:
-            measure(cluster, client, process, given.workspaces)
+            measure(cluster, client, process, given.workspaces, claims=bool(given.claims))
+        stop.set()
     return 0
 
 
-def prepare(client: Client, count: int) -> None:
-    """The CRD, and machines, ready at once."""
-    client.apply(CRDS, crd())
-    while not client.serves(WORKSPACES):
-        time.sleep(0.1)
-    at_once(lambda number: machine(client, number), count)
+def definitions(client: Client, *crds: Object) -> None:
+    for each in crds:
+        client.apply(CRDS, each)
 
 
-def machine(client: Client, number: int) -> None:
-    metadata = {"name": f"gpu-{number:04}", "labels": {**NODE_LABELS, "kubernetes.io/hostname": f"gpu-{number:04}"}}
+def machine(client: Client, name: str, labels: Mapping[str, str]) -> None:
+    """A Node with a GPU, ready at once."""
+    metadata = {"name": name, "labels": {**labels, "kubernetes.io/hostname": name}}
     client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": metadata})
     capacity = {"cpu": "8", "memory": "64Gi", "pods": "110", "nvidia.com/gpu": "1", "ephemeral-storage": "1Ti"}
     ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "by hand"}
     status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
-    client.patch(NODES, metadata["name"], "", {"status": status}, subresource="status")
-    client.patch(NODES, metadata["name"], "", {"spec": {"taints": None}})
+    client.patch(NODES, name, "", {"status": status}, subresource="status")
+    client.patch(NODES, name, "", {"spec": {"taints": None}})
+
+
+def machines_by_claim(cluster: Cluster, client: Client, folder: Path, stop: threading.Event) -> None:
+    """Karpenter's definitions, a node class, and somebody who fulfils claims at once."""
+    definitions(client, *(yaml.safe_load(p.read_text()) for p in sorted(folder.glob("*.yaml"))))
+    while not (client.serves(CLAIMS) and client.serves(NODE_CLASSES)):
+        time.sleep(0.1)
+    client.create(NODE_CLASSES, {"apiVersion": NODE_CLASSES.api_version, "kind": NODE_CLASSES.kind, "metadata": {"name": "default"}})  # fmt: skip
+    listed = "instance_type,price_per_hour\nStandard_NC24ads_A100_v4,3.67\n"
+    metadata = {"name": "machines", "namespace": "default"}
+    client.create(
+        CONFIG_MAPS, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"offers.csv": listed}}
+    )
+    stand_in = connect(kubeconfig=str(cluster.kubeconfig), user_agent="stand-in")
+    threading.Thread(target=fulfil, args=(stand_in, stop), daemon=True).start()
+
+
+def fulfil(client: Client, stop: threading.Event) -> None:
+    """Each claim gets a Node, and says so."""
+    done: set[str] = set()
+    pool = ThreadPoolExecutor(4)
+
+    def one(claim: Object) -> None:
+        name = claim["metadata"]["name"]
+        machine(
+            client, f"node-{name}", {**claim["metadata"].get("labels", {}), "node.kubernetes.io/instance-type": TYPE}
+        )
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        said = [
+            {
+                "type": t,
+                "status": "True",
+                "reason": t,
+                "message": "",
+                "lastTransitionTime": now,
+                "observedGeneration": 1,
+            }
+            for t in ("Launched", "Registered", "Initialized", "Ready")
+        ]
+        status = {"conditions": said, "nodeName": f"node-{name}", "providerID": f"bench://{name}"}
+        client.patch(CLAIMS, name, "", {"status": status}, subresource="status")
+
+    while not stop.wait(0.05):
+        for claim in client.list(CLAIMS, page=5000)[0]:
+            if claim["metadata"]["name"] not in done:
+                done.add(claim["metadata"]["name"])
+                pool.submit(one, claim)
 
 
 def at_once(act: Callable[[int], None], count: int) -> None:
@@ -93,7 +157,8 @@ class controller:  # noqa: N801 – reads as what it is in a with statement
         command = [sys.executable, "-m", "kaito_core", "controller", "--no-leader-election", "--tuner-image", "bench/tuner:1",
                    "--workers", str(workers), "--metrics-address", "127.0.0.1:0", "--health-address", "127.0.0.1:0",
                    "--log-level", "warning"]  # fmt: skip
-        env = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
+        claims = {"KAITO_KARPENTER_OFFERS": "default/machines", "KAITO_NODE_CLASS": "KWOKNodeClass/default"}
+        env = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig), **claims}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
@@ -111,12 +176,13 @@ class controller:  # noqa: N801 – reads as what it is in a with statement
             print(f"\nthe controller said ({len(said)} lines):\n  " + "\n  ".join(said[:5]))
 
 
-def workspace(number: int) -> Object:
+def workspace(number: int, *, claims: bool = False) -> Object:
+    resource = {"instanceType": TYPE} if claims else {"labelSelector": {"matchLabels": {"bench": "yes"}}}
     return {
         "apiVersion": "kaito.sh/v1beta1",
         "kind": "Workspace",
         "metadata": {"name": f"bench-{number:04}", "namespace": "default"},
-        "resource": {"labelSelector": {"matchLabels": {"bench": "yes"}}},
+        "resource": resource,
         "tuning": {
             "preset": {"name": "demo-phi-3"},
             "method": "qlora",
@@ -126,11 +192,11 @@ def workspace(number: int) -> Object:
     }
 
 
-def measure(cluster: Cluster, client: Client, process: subprocess.Popen[bytes], count: int) -> None:
+def measure(cluster: Cluster, client: Client, process: subprocess.Popen[bytes], count: int, *, claims: bool) -> None:
     cpu_before = cpu_seconds(process.pid)
     audited = sum(1 for _ in cluster.audit())
     began = time.monotonic()
-    at_once(lambda number: client.create(WORKSPACES, workspace(number)), count)
+    at_once(lambda number: client.create(WORKSPACES, workspace(number, claims=claims)), count)
     created = time.monotonic() - began
     while (jobs := len(client.list(JOBS, "default", page=5000)[0])) < count:
         if process.poll() is not None:
