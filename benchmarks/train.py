@@ -145,10 +145,10 @@ def kaito(a: argparse.Namespace) -> dict[str, Any]:
 
     preset = preset_of(a.model)
     training = {"num_train_epochs": 1, "eval_strategy": "no", "logging_steps": 1, **a.training}
-    resolved = config.resolve(preset, "qlora", {"TrainingArguments": training})
+    resolved = config.resolve(preset, a.method, {"TrainingArguments": training})
     fields = resolved["TrainingArguments"]
     rows = fields["per_device_train_batch_size"] * fields["gradient_accumulation_steps"]
-    job = TuningJob("benchmark", "default", preset, "qlora", resolved,
+    job = TuningJob("benchmark", "default", preset, a.method, resolved,
                     Configuration(a.device, a.dtype, a.micro_batch, max(1, rows // a.micro_batch), fields["max_length"]),
                     DataInput(urls=("file:///",)))  # fmt: skip
     with tempfile.TemporaryDirectory() as results:
@@ -222,6 +222,7 @@ def main() -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--micro-batch", type=int, default=1, help="rows of 2048 tokens per forward pass")
+    p.add_argument("--method", choices=("qlora", "lora"), default="qlora", help="of kaito's side")
     p.add_argument("--training", type=json.loads, default={}, help="TrainingArguments of kaito's side, as JSON")
     p.add_argument("--only", choices=("kaito", "plain"), help=argparse.SUPPRESS)
     p.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -246,7 +247,7 @@ def main() -> None:
 
 def run(side: str, a: argparse.Namespace, model: Path, data: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", side, "--model", str(model), "--data", str(data), "--device", a.device,
-               "--dtype", a.dtype, "--micro-batch", str(a.micro_batch), "--training", json.dumps(a.training)]  # fmt: skip
+               "--dtype", a.dtype, "--micro-batch", str(a.micro_batch), "--method", a.method, "--training", json.dumps(a.training)]  # fmt: skip
     paths = [str(ROOT / "kaito_core/src"), str(ROOT / "plugins/kaito_tuner_qlora/src")]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

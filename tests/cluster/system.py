@@ -260,7 +260,7 @@ def _volumes(system: System) -> None:
     """Disks that every node can reach: folders of this machine, on which all nodes are."""
     disks = [{"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": CLASS},
               "provisioner": "kubernetes.io/no-provisioner"}]  # fmt: skip
-    for number in range(8):
+    for number in range(20):  # one for each Workspace of the tests: a disk that was used is not given out again
         path = system.folder / "disks" / str(number)
         path.mkdir(parents=True)
         path.chmod(0o777)

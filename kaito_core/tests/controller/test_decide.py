@@ -26,6 +26,7 @@ FINISHED = {
     "event": "finished",
     "stage": "push",
     "results": {
+        "train": {"metrics": {"steps": 32}},
         "verify": {"eval_loss_before": 4.5, "eval_loss_after": 1.25},
         "push": {"image": "r.io/a:1", "digest": "sha256:abc"},
     },
@@ -100,9 +101,13 @@ def test_nothing_is_held_where_nothing_has_to_be_given_back() -> None:
 
 
 def test_a_job_is_made_when_the_machine_is_ready_and_not_before() -> None:
-    simulation = Simulation(pending=2)
+    simulation = Simulation(pending=3)
     simulation.reconcile()
     assert simulation.job is None
+    assert simulation.condition("ResourceReady")["message"] == "cloud is asked for cheap (4 CPUs, no GPU)"
+    assert simulation.writes == 3, "finalizer, revision, status; nothing more before there is news"
+    simulation.now += 6
+    simulation.reconcile()
     assert simulation.condition("ResourceReady")["message"] == "on its way"
     simulation.settle()
     assert sorted(simulation.kinds()) == ["ConfigMap", "ControllerRevision", "Job"]
@@ -297,6 +302,8 @@ def test_a_finished_job_is_success_and_the_machine_is_given_back_at_once() -> No
         "evalLossBefore": 4.5,
         "evalLossAfter": 1.25,
     }
+    progress = simulation.workspace["status"]["progress"]
+    assert (progress["step"], progress["steps"]) == (32, 32), "not what was seen last in the log"
     for kind in ("ResourceReady", "JobStarted", "WorkspaceSucceeded"):
         assert simulation.condition(kind)["status"] == "True"
 
@@ -370,6 +377,22 @@ def test_an_image_that_never_comes_does_not_hold_a_machine_for_ever() -> None:
     assert simulation.state == "Failed"
     assert not simulation.machines
     assert simulation.job is None
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_pod_that_no_node_takes_does_not_hold_a_machine_that_is_paid_for(holds: bool) -> None:
+    simulation = Simulation(holds=holds)
+    simulation.settle()
+    waits = {"type": "PodScheduled", "reason": "Unschedulable", "message": "unbound PersistentVolumeClaims"}
+    simulation.pod(running=False, conditions=[waits])
+    simulation.settle()
+    assert simulation.state == "Pending"
+    simulation.now += PATIENCE + 60
+    simulation.settle()
+    assert simulation.state == ("Failed" if holds else "Pending")
+    if holds:
+        assert not simulation.machines
+        assert "unbound PersistentVolumeClaims" in simulation.condition("WorkspaceSucceeded")["message"]
 
 
 def test_a_changed_input_runs_the_job_anew_and_a_finished_one_is_left_alone() -> None:

@@ -56,6 +56,7 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
         case.attempts.append(_attempt(candidate.offer) | _price(candidate.offer) | begun)
     tags = {labels.WORKSPACE: case.name, labels.WORKSPACE_NAMESPACE: case.namespace}
     request = NodeRequest(case.request_id, candidate.offer, requirements(plan.workspace), tags, also)
+    case.status["targetNodeCount"] = request.requirements.count
     ask = Ensure(candidate.offer.provisioner, request)
     status = case.observed.asked.get(ask.key)
     if status is None:
@@ -64,10 +65,10 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
             # whoever comes after a crash knows whom we asked.
             case.finalizer = True if not case.has_finalizer else None
             case.again = True
+            _pending(case, f"{candidate.offer.provisioner} is asked for {candidate.offer}")
         else:
             case.ask = ask
         return None
-    case.status["targetNodeCount"] = request.requirements.count
     if status.phase == "ready":
         _ready(case, request, status)
         return status
@@ -77,7 +78,8 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     if status.phase == "releasing":
         give_up(case, "Lost", status.message or "it is being taken away")
         return None
-    _pending(case, status.message or f"waiting for {candidate.offer}")
+    if not _installed(case, candidate.offer).holds or _waited(case) >= POLL:  # before that, what is written says enough
+        _pending(case, status.message or f"waiting for {candidate.offer}")
     if not _out_of_patience(case, request, status.message):
         case.look_again(POLL)
     return None
@@ -168,8 +170,7 @@ def _ready(case: Case, request: NodeRequest, status: NodeStatus) -> None:
 
 
 def _pending(case: Case, message: str) -> None:
-    if case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", message):
-        case.note("Normal", "WaitingForNodes", message)
+    case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", message)
     case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
     case.state("Pending")
 

@@ -40,7 +40,7 @@ def outcome(case: Case, job: Object) -> None:
     if "Failed" in ended:
         _failed(case, job, [t for p in pods if (t := trouble(p)) is not None])
         return
-    if pod is not None and now is not None and now.stuck:
+    if pod is not None and now is not None and (now.stuck or _pays_for_nothing(case, now)):
         waited = case.observed.now - seconds(pod["metadata"]["creationTimestamp"])
         if waited > PATIENCE:
             case.delete.append(Deletion(JOBS, job["metadata"]["name"], job["metadata"]["uid"]))
@@ -50,6 +50,12 @@ def outcome(case: Case, job: Object) -> None:
             return
         case.look_again(SPOT_CHECK)
     _running(case, pods, pod, now)
+
+
+def _pays_for_nothing(case: Case, now: Trouble) -> bool:
+    """Whether a machine that was got for it waits for a pod that cannot go there: a disk that nobody makes, as a rule. On nodes that are
+    there anyway a pod may wait as long as it likes."""
+    return now.reason == "Unschedulable" and case.attempt is not None and _holds(case, case.attempt)
 
 
 def _running(case: Case, pods: list[Object], pod: Object | None, now: Trouble | None) -> None:
@@ -215,6 +221,11 @@ def _succeeded(case: Case, pods: list[Object]) -> None:
         "evalLossAfter": verified.get("eval_loss_after"),
     }
     case.status["adapter"] = {k: v for k, v in adapter.items() if v not in (None, "")} or {"image": ""}
+    trained = results.get("train", {}).get("metrics", {})
+    if isinstance(trained, dict) and trained.get("steps"):
+        # What was seen last in a log may be long before the end.
+        progress = case.status.setdefault("progress", {})
+        progress.update(stage="push", step=trained["steps"], steps=trained["steps"])
     case.set(conditions.JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted", "")
     _say_success(case)
     case.status["finishedRevision"] = case.history.current.hash
