@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kaito_core.api import Workspace, read_workspace
 from kaito_core.controller.reconcile.observed import Planned, Refusal
-from kaito_core.kube.errors import Forbidden
+from kaito_core.kube.errors import Forbidden, Unreachable
 from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, Object
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import BUILT_IN_CONFIGS, Catalog, Plan, plan, requirements
@@ -50,7 +50,7 @@ class Offered:
 
 
 def cluster_offers(workspace: Workspace, provisioners: Mapping[str, NodeProvisioner]) -> Offered:
-    """Ask every provisioner. One that fails keeps nobody from the machines of the others."""
+    """Ask every provisioner. One that fails keeps nobody from the machines of the others. Raises `Unreachable`."""
     wanted = requirements(workspace)
     found: list[Offer] = []
     failed: dict[str, Problem] = {}
@@ -58,6 +58,8 @@ def cluster_offers(workspace: Workspace, provisioners: Mapping[str, NodeProvisio
         try:
             with blamed_on(f"the node provisioner {name!r}"):
                 found.extend(provisioner.offers(wanted))
+        except Unreachable:
+            raise  # the cluster itself does not answer: nobody's fault, and nothing is known at all
         except ProvisioningError as e:
             failed[name] = Problem(f"the node provisioner {name!r} does not know what it has: {e}", field="resource")
         except KaitoError as e:
