@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decide import decide
 from kaito_core.controller.reconcile.decision import Ensure, Observe, Release
 from kaito_core.controller.reconcile.diagnosis import trouble
@@ -306,6 +307,36 @@ def test_a_finished_job_is_success_and_the_machine_is_given_back_at_once() -> No
     assert (progress["step"], progress["steps"]) == (32, 32), "not what was seen last in the log"
     for kind in ("ResourceReady", "JobStarted", "WorkspaceSucceeded"):
         assert simulation.condition(kind)["status"] == "True"
+
+
+@pytest.mark.parametrize("kind", ["Complete", "Failed"])
+def test_an_end_is_not_told_before_the_pod_that_can_tell_how_is_seen(kind: str) -> None:
+    """The caches of jobs and pods are two: after an API server was away, one may be complete before the other."""
+    simulation = ready()
+    pod = simulation.pod()
+    simulation.end_job(kind, lastTransitionTime=Case(workspace_object(), Observed(simulation.now), WORLD).time)
+    decision = simulation.reconcile()
+    assert decision is not None
+    assert decision.look_again_after == 1.0
+    assert simulation.state not in ("Succeeded", "Failed")
+    code, phase = (0, "Succeeded") if kind == "Complete" else (1, "Failed")
+    pod["status"] |= {
+        "phase": phase,
+        "containerStatuses": [{"name": "one", "image": "i", "state": ended(code, FINISHED, "x")}],
+    }
+    simulation.settle()
+    assert simulation.state == phase
+    if kind == "Complete":
+        assert simulation.workspace is not None
+        assert simulation.workspace["status"]["adapter"]["digest"] == "sha256:abc"
+
+
+def test_pods_that_are_gone_are_not_waited_for() -> None:
+    simulation = ready()
+    simulation.end_job("Complete", lastTransitionTime=Case(workspace_object(), Observed(simulation.now), WORLD).time)
+    simulation.now += 20
+    simulation.settle()
+    assert simulation.state == "Succeeded"
 
 
 def test_a_machine_is_kept_for_the_next_job_as_long_as_asked() -> None:

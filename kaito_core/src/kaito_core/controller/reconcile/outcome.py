@@ -31,6 +31,9 @@ def outcome(case: Case, job: Object) -> None:
     pods = sorted(case.observed.pods, key=lambda p: str(p["metadata"].get("creationTimestamp", "")))
     pod = latest(pods)
     ended = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c.get("status") == "True"}
+    if ended & {"Complete", "Failed"} and _pods_are_behind(case, job, pods, ended):
+        case.look_again(BEHIND)
+        return
     if "Complete" in ended:
         _succeeded(case, pods)
         return
@@ -50,6 +53,18 @@ def outcome(case: Case, job: Object) -> None:
             return
         case.look_again(SPOT_CHECK)
     _running(case, pods, pod, now)
+
+
+def _pods_are_behind(case: Case, job: Object, pods: list[Object], ended: set[str]) -> bool:
+    """Whether the job's end is known and that of its pod is not: each kind of object has a cache of its own, and what was made is said
+    by the pod. Not for long: pods that are really gone say nothing any more."""
+    phase = "Succeeded" if "Complete" in ended else "Failed"
+    if any(p.get("status", {}).get("phase") == phase for p in pods):
+        return False
+    since = [
+        c.get("lastTransitionTime") for c in job["status"]["conditions"] if c.get("type") in ("Complete", "Failed")
+    ]
+    return any(t and case.observed.now - seconds(t) < SETTLED for t in since)
 
 
 def _pays_for_nothing(case: Case, now: Trouble) -> bool:
@@ -97,6 +112,9 @@ def _about_nodes(case: Case, pod: Object) -> None:
     if case.set(conditions.NODES_READY, "False", "NodeNotReady", words):
         case.note("Warning", "NodeNotReady", words)
 
+
+BEHIND = 1.0
+"""Seconds until it is looked again whether a cache has caught up."""
 
 SETTLED = 15.0
 """Seconds that machines must have been ready for before one that is not seen is taken for gone: caches are a little behind."""
