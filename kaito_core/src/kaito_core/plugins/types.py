@@ -85,6 +85,15 @@ class Architecture:
     """The linear modules of one layer by name, as (in, out) features: what is quantised and what LoRA can target."""
     tied_embeddings: bool = False
     sliding_window: int | None = None
+    cache_width: int | None = None
+    """Numbers that one layer's cache keeps for a token where that is not 2 × kv_heads × head_dim: latent attention keeps
+    kv_lora_rank + qk_rope_head_dim (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers that the key-value cache of all layers keeps for a token; bytes are these times the precision's size."""
+        width = 2 * self.kv_heads * self.head_dim if self.cache_width is None else self.cache_width
+        return self.layers * width
 
     @property
     def linear_parameters(self) -> int:
@@ -107,7 +116,7 @@ class ChatFormat:
 
     template: str
     """A Jinja chat template. ``{% generation %}…{% endgeneration %}`` marks what the assistant says; without the marks
-    the spans are found by rendering the conversation turn by turn."""
+    the spans are found by rendering the conversation turn by turn. Empty: the one in the model's own tokenizer files."""
     stop_tokens: tuple[str, ...]
     """The tokens that end an answer, the usual one first. Training refuses data in which none of them is ever trained."""
 
@@ -132,7 +141,11 @@ class Preset:
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Defaults per tuning method: overrides of the tuner's own, in the form of ``training_config`` sections."""
     inference: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Defaults per runtime."""
+    """Defaults per runtime: for ``vllm`` its flags without the dashes (``{"tool-call-parser": "hermes"}``)."""
+    quantization: str = ""
+    """How the published weights are quantised (``fp8``, ``gptq``, ``awq``, ``mxfp4``); empty when they are not."""
+    weights: int = 0
+    """Bytes of the published weights where they are not the parameters times the precision."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", normalised(self.name))
@@ -146,7 +159,7 @@ class Preset:
     @property
     def weights_bytes(self) -> int:
         """Size of the weights as published, in bytes."""
-        return self.architecture.parameters * (4 if self.dtype == "float32" else 2)
+        return self.weights or self.architecture.parameters * (4 if self.dtype == "float32" else 2)
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------
@@ -489,14 +502,96 @@ class Tuner(ABC):
         return ""
 
 
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter that is served beside its model, under its own name."""
+
+    name: str
+    image: str = ""
+    """The OCI image that holds it; else it is in ``volume``."""
+    volume: Mapping[str, Any] | None = None
+    """A Kubernetes volume source, or ``{"hostPath": {"path": FOLDER}}`` on this machine."""
+    strength: float = 1.0
+    """How much of it is mixed in, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ServingConfiguration:
+    """How a model is laid out on machines to be served."""
+
+    device: Literal["cuda", "cpu"]
+    dtype: str
+    """Compute precision: bfloat16, float16 or float32."""
+    context: int
+    """Longest request in tokens, prompt and answer together."""
+    requests: int
+    """Requests that are worked on at once; more wait."""
+    memory_share: float = 0.9
+    """Of one device's memory: what the engine may take."""
+    tensor: int = 1
+    """GPUs that share every layer."""
+    pipeline: int = 1
+    """Machines or GPUs that follow one another, each with some of the layers."""
+    data: int = 1
+    """Copies of the model in one endpoint."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all machines together; 0 on CPUs."""
+        return self.tensor * self.pipeline * self.data if self.device == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class ServingFit:
+    """How a model would be served on one kind of machine. It fits when ``memory.total <= capacity``."""
+
+    configuration: ServingConfiguration
+    memory: MemoryEstimate
+    """Of one device: weights, the cache of ``configuration.context`` tokens at least, adapters, activations, the engine itself."""
+    capacity: int
+    """Bytes that the engine may use on one device."""
+    cache_tokens: int | None = None
+    """Tokens that the cache of one copy has room for, all requests together; None when it cannot be said."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.capacity
+
+
 class InferenceRuntime(ABC):
-    """Serves a model over HTTP. The serving issue fills this room; names and place are fixed here."""
+    """Serves a model over HTTP on port 5000, with the face of `kaito_core.serving`. All methods are pure and light; the serving
+    itself is the workload's."""
 
     name: ClassVar[str]
+    priority: ClassVar[int] = 0
+    """Of several that can serve a model on a machine, the highest is taken unless the user names one."""
 
     @abstractmethod
     def serves(self, preset: Preset) -> Problem | None:
         """None when this runtime can serve the model, else the reason."""
+
+    @abstractmethod
+    def resolve(
+        self, preset: Preset, user: Mapping[str, Any] | None, adapters: tuple[ServedAdapter, ...]
+    ) -> Mapping[str, Any]:
+        """The complete configuration: the user's ``inference_config.yaml`` over the preset's over the runtime's defaults.
+
+        Plain JSON-able data. Raises `UserError` with every problem of ``user`` and of the adapters at once."""
+
+    @abstractmethod
+    def fit(
+        self, preset: Preset, config: Mapping[str, Any], offer: Offer, machines: int, adapters: tuple[ServedAdapter, ...]
+    ) -> ServingFit:
+        """The best layout on so many of these machines; when none fits, the smallest one, whose ``fits`` is False."""
+
+    @abstractmethod
+    def workload(self, job: Any) -> Workload:
+        """What is run: the stages that a `kaito_core.workloads.serving.ServingJob` needs; the last one serves until it is ended."""
+
+    def missing(self) -> str:
+        """What must be installed before the workload can run on this machine (``pip install …``); empty when nothing."""
+        return ""
 
 
 @dataclass(frozen=True)

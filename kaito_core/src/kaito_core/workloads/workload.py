@@ -38,6 +38,17 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What a workload that serves listens on."""
+
+    port: int
+    health: str = "/health"
+    """Answers 200 once requests can be served."""
+    start_seconds: int = 1800
+    """How long the start may take, loading the weights included, before something must be wrong."""
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """What to run: stages in order, sharing mounts and environment."""
 
@@ -55,3 +66,5 @@ class Workload:
     gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
+    endpoint: Endpoint | None = None
+    """Of a workload that serves: its last stage does not end by itself. None for one that ends."""
