@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ import yaml
 
 from kaito_core.api.crd import crd
 from kaito_core.kube.client import Client, connect
-from kaito_core.kube.errors import ApiError
 from kaito_core.kube.kinds import CONFIG_MAPS, CRDS, JOBS, NODES, WORKSPACES, Kind, Object
+from kaito_core.kube.reflector import Reflector
 from kaito_core.testing.cluster import Cluster, running_cluster, why_no_cluster
 
 CLAIMS = Kind("karpenter.sh/v1", "NodeClaim", "nodeclaims", namespaced=False)
@@ -138,12 +137,16 @@ def fulfil(client: Client, stop: threading.Event) -> None:
         status = {"conditions": said, "nodeName": f"node-{name}", "providerID": f"bench://{name}"}
         client.patch(CLAIMS, name, "", {"status": status}, subresource="status")
 
-    with suppress(ApiError):  # at the end the server goes first
-        while not stop.wait(0.05):
-            for claim in client.list(CLAIMS, page=5000)[0]:
-                if claim["metadata"]["name"] not in done:
-                    done.add(claim["metadata"]["name"])
-                    pool.submit(one, claim)
+    def changed(old: Object | None, new: Object | None) -> None:
+        if new is not None and old is None and new["metadata"]["name"] not in done:
+            done.add(new["metadata"]["name"])
+            pool.submit(one, new)
+
+    claims = Reflector(client, CLAIMS, on_change=changed)
+    claims.start()
+    stop.wait()
+    claims.stop()
+    pool.shutdown(cancel_futures=True)
 
 
 def at_once(act: Callable[[int], None], count: int) -> None:

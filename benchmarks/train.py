@@ -37,12 +37,13 @@ TARGETS = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up
 """KAITO's DEFAULT_TARGET_MODULES for phi-3; of these, the model with its fused modules has o_proj and down_proj."""
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, *, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, layers: int = LAYERS) -> None:
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    config = Phi3Config(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
+    config = Phi3Config(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate,
+                        num_hidden_layers=layers,
                         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096,
                         pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
     Phi3ForCausalLM(config).save_pretrained(folder)

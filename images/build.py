@@ -21,9 +21,21 @@ from pathlib import Path
 
 IMAGES = Path(__file__).resolve().parent
 ROOT = IMAGES.parent
-BOTH = ("kaito_core", "plugins/kaito_preset_phi3", "plugins/kaito_preset_demo", "plugins/kaito_tuner_qlora")
+BOTH = (
+    "kaito_core",
+    "plugins/kaito_preset_phi3",
+    "plugins/kaito_preset_demo",
+    "plugins/kaito_preset_community",
+    "plugins/kaito_tuner_qlora",
+    "plugins/kaito_runtime_transformers",
+)
 PACKAGES = {
-    "controller": (*BOTH, "plugins/kaito_provisioner_karpenter", "plugins/kaito_provisioner_aks"),
+    "controller": (
+        *BOTH,
+        "plugins/kaito_runtime_vllm",
+        "plugins/kaito_provisioner_karpenter",
+        "plugins/kaito_provisioner_aks",
+    ),
     "tuner": BOTH,
 }
 """What of this repository is in which image."""

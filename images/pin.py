@@ -22,7 +22,10 @@ CONTENTS = {
         "kaito_core",
         "plugins/kaito_preset_phi3",
         "plugins/kaito_preset_demo",
+        "plugins/kaito_preset_community",
         "plugins/kaito_tuner_qlora",
+        "plugins/kaito_runtime_transformers",
+        "plugins/kaito_runtime_vllm",
         "plugins/kaito_provisioner_karpenter",
         "plugins/kaito_provisioner_aks",
     ),
@@ -30,7 +33,9 @@ CONTENTS = {
         "kaito_core[data]",
         "plugins/kaito_preset_phi3",
         "plugins/kaito_preset_demo",
+        "plugins/kaito_preset_community",
         "plugins/kaito_tuner_qlora[train]",
+        "plugins/kaito_runtime_transformers[serve]",
     ),
 }
 GLIBC = ("manylinux1", "manylinux2010", "manylinux2014", *(f"manylinux_2_{minor}" for minor in range(5, 37)))

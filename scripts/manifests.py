@@ -1,4 +1,4 @@
-"""Writes what is generated for installing: the definition of Workspace into the chart, and the chart's objects for `kaito install`.
+"""Writes what is generated for installing: the definitions into the chart, and the chart's objects for `kaito install`.
 
     python scripts/manifests.py            write
     python scripts/manifests.py --check    say what is not up to date, and exit with 1
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kaito_core.api.crd import crd_yaml
+from kaito_core.api.crd import crd, crd_yaml, inference_set_crd
 from kaito_core.install import NAMESPACE, REGISTRY, TAG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def helm() -> str | None:
 
 
 def rendered(program: str) -> str:
-    """The chart at its defaults without the definition of Workspace, which kaito has in itself."""
+    """The chart at its defaults without the definitions, which kaito has in itself."""
     values = f"image.registry={REGISTRY},image.tag={TAG},crds.install=false"
     # The oldest version that the chart takes: helm would else ask the one that it was built with.
     asked = ["template", "kaito", str(CHART), "--namespace", NAMESPACE, "--kube-version=1.31.0", "--set", values]
@@ -46,9 +46,9 @@ def main() -> int:
     if program is None:
         print("error: helm is not there\n    install it: https://helm.sh/docs/intro/install", file=sys.stderr)
         return 1
-    # The definition first: nothing else depends on it, but a reader of the chart does.
+    # The definitions first: nothing else depends on them, but a reader of the chart does.
     wanted = {
-        CHART / "files" / "workspaces.kaito.sh.yaml": crd_yaml(),
+        **{CHART / "files" / f"{d['metadata']['name']}.yaml": crd_yaml(d) for d in (crd(), inference_set_crd())},
         ROOT / "kaito_core" / "src" / "kaito_core" / "install" / "manifests.yaml": rendered(program),
     }
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]

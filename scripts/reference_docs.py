@@ -13,10 +13,15 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "reference"
 
 def pages() -> dict[str, str]:
     """The generated pages by file name."""
-    from kaito_core.api.crd import crd_yaml
+    from kaito_core.api.crd import crd_yaml, inference_set_crd
     from kaito_core.api.reference import markdown as workspace
 
-    return {"workspace.md": workspace(), "training-config.md": training_config(), "workspace-crd.yaml": crd_yaml()}
+    return {
+        "workspace.md": workspace(),
+        "training-config.md": training_config(),
+        "workspace-crd.yaml": crd_yaml(),
+        "inference-set-crd.yaml": crd_yaml(inference_set_crd()),
+    }
 
 
 def training_config() -> str:

@@ -31,7 +31,10 @@ PACKAGES = (
     "kaito_core[data,test]",
     "plugins/kaito_preset_phi3",
     "plugins/kaito_preset_demo",
+    "plugins/kaito_preset_community",
     "plugins/kaito_tuner_qlora[train]",
+    "plugins/kaito_runtime_transformers[serve,test]",
+    "plugins/kaito_runtime_vllm",
     "plugins/kaito_provisioner_karpenter[aws,test]",
     "plugins/kaito_provisioner_aks[test]",
 )

@@ -106,8 +106,8 @@ class System:
         assert not ok or done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}\n{self.report()}"
         return done
 
-    def kubectl(self, *arguments: str, stdin: str = "") -> str:
-        return self.cluster.kubectl(*arguments, stdin=stdin)
+    def kubectl(self, *arguments: str, stdin: str = "", check: bool = True) -> str:
+        return self.cluster.kubectl(*arguments, stdin=stdin, check=check)
 
     def get(self, kind: str, name: str = "", *more: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.kubectl("get", kind, *([name] if name else []), "-o", "json", *more))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kaito_core import __version__
-from kaito_core.api.crd import crd_yaml
+from kaito_core.api.crd import crd, crd_yaml, inference_set_crd
 from kaito_core.testing.cluster import Cluster, running_cluster, why_no_cluster
 from tests.conftest import ROOT
 
@@ -49,9 +49,9 @@ def rules(objects: list[dict[str, Any]], kind: str, namespace: str = "") -> set[
 
 
 def test_the_definition_is_what_kaito_prints() -> None:
-    assert (CHART / "files" / "workspaces.kaito.sh.yaml").read_text(encoding="utf-8") == crd_yaml(), (
-        "run: make manifests"
-    )
+    for definition in (crd(), inference_set_crd()):
+        written = CHART / "files" / f"{definition['metadata']['name']}.yaml"
+        assert written.read_text(encoding="utf-8") == crd_yaml(definition), "run: make manifests"
 
 
 def test_chart_and_package_have_one_version() -> None:
@@ -109,7 +109,8 @@ def test_with_a_namespace_to_watch_there_are_no_rights_elsewhere() -> None:
 
 @needs_helm
 def test_every_flag_is_one_of_kaito_controller_s() -> None:
-    settings = ["watchNamespace=a", "image.pullSecrets={s}", "checkpoints.storageClass=c", "podEnv.A=b", "env.C=d"]
+    settings = ["watchNamespace=a", "image.pullSecrets={s}", "checkpoints.storageClass=c", "podEnv.A=b", "env.C=d",
+                "serving.images.vllm=v", "serving.imageVolumes=false", "serving.modelCache.persistentVolumeClaim.claimName=m"]  # fmt: skip
     [deployment] = [o for o in rendered(*settings) if o["kind"] == "Deployment"]
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     helped = subprocess.run(
@@ -117,7 +118,10 @@ def test_every_flag_is_one_of_kaito_controller_s() -> None:
     ).stdout
     flags = {a.partition("=")[0] for a in container["args"][1:]}
     assert flags <= set(re.findall(r"--[a-z-]+", helped))
-    assert {e["name"]: e["value"] for e in container["env"]} == {"C": "d", "KAITO_POD_ENV": '{"A":"b"}'}
+    ip = {"fieldRef": {"fieldPath": "status.podIP"}}
+    env = {e["name"]: e.get("value") or e["valueFrom"] for e in container["env"]}
+    assert env == {"C": "d", "KAITO_POD_ENV": '{"A":"b"}', "POD_IP": ip}
+    assert '--model-cache={"persistentVolumeClaim":{"claimName":"m"}}' in container["args"]
 
 
 @needs_helm
@@ -150,7 +154,7 @@ def release(cluster: Cluster) -> Iterator[str]:
     yield "kaito-system"
     on(cluster, "uninstall", "kaito", "--namespace=kaito-system")
     kaito(cluster, "uninstall", "--yes", "--all")
-    cluster.kubectl("delete", "crd", "workspaces.kaito.sh", "--ignore-not-found")
+    cluster.kubectl("delete", "crd", "workspaces.kaito.sh", "inferencesets.kaito.sh", "--ignore-not-found")
 
 
 def on(cluster: Cluster, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -223,7 +227,7 @@ def test_the_rights_are_as_small_as_they_look(cluster: Cluster, release: str) ->
         ("get", "secrets"),
         ("list", "secrets"),
         ("create", "pods"),
-        ("delete", "workspaces.kaito.sh"),
+        ("delete", "inferencesets.kaito.sh"),
         ("delete", "nodes"),
         ("update", "leases.coordination.k8s.io/another"),
         ("list", "configmaps"),

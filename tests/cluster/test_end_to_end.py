@@ -92,6 +92,46 @@ def test_the_quick_start_ends_with_an_adapter_in_the_registry(system: System, tm
     assert PASSWORD not in system.report()
 
 
+def ask(system: System, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What the quick start does with curl: a pod that asks, and is gone. Needs nothing but Python."""
+    code = (
+        "import sys, urllib.request as r; "
+        "q = r.Request(sys.argv[1], sys.argv[2].encode(), {'Content-Type': 'application/json'}); "
+        "print(r.urlopen(q, timeout=600).read().decode())"
+    )
+    spec = {"imagePullSecrets": [{"name": "kaito-pull"}]}
+    image = f"{system.registry.host}/kaito/my-controller:1"
+    system.kubectl("run", "curl", "--restart=Never", f"--image={image}", f"--overrides={json.dumps({'spec': spec})}",
+                   "--command", "--", "python", "-c", code, url, json.dumps(body))  # fmt: skip
+    try:
+        ended = ("Succeeded", "Failed")
+        system.until("the answer", lambda: system.get("pod", "curl")["status"].get("phase") in ended, 600)
+        said = system.kubectl("logs", "curl")
+        assert system.get("pod", "curl")["status"]["phase"] == "Succeeded", f"{said}\n{system.report()}"
+        found: dict[str, Any] = json.loads(said)
+        return found
+    finally:
+        system.kubectl("delete", "pod", "curl", "--wait=true")
+
+
+def test_the_quick_start_goes_on_to_its_last_line(system: System) -> None:
+    """Ready, a Service with its two ports, and a pod that asks it: until then, no GPU was held for it."""
+    columns = table(system.kubectl("get", "workspace", "my-adapter"))
+    assert columns["INFERENCEREADY"] == columns["WORKSPACEREADY"] == "True", system.report()
+    service = table(system.kubectl("get", "svc", "my-adapter"))
+    assert (service["TYPE"], service["PORT(S)"]) == ("ClusterIP", "80/TCP,29500/TCP")
+    assert system.workspace("my-adapter")["status"]["serving"]["phase"] == "Asleep"
+    address = system.kubectl("get", "svc", "my-adapter", "-o", "jsonpath={.spec.clusterIPs[0]}")
+    answer = ask(system, f"http://{address}/chat", {"prompt": "Who bakes the bread?"})
+    assert isinstance(answer["Result"], str), answer
+    assert system.workspace("my-adapter")["status"]["serving"]["phase"] == "Ready"
+    models = ask(system, f"http://{address}/v1/chat/completions",
+                 {"model": "my-adapter", "messages": [{"role": "user", "content": "Who bakes the bread?"}]})  # fmt: skip
+    assert models["choices"][0]["message"]["content"]
+    system.kubectl("annotate", "workspace", "my-adapter", "kaito.sh/serve-after-tuning=never")
+    system.until("the end of the endpoint", lambda: "my-adapter" not in system.kubectl("get", "svc,sts", "-o", "name"))
+
+
 def table(printed: str) -> dict[str, str]:
     """What kubectl prints of one object, by column; some are empty."""
     header, line = printed.splitlines()
@@ -190,6 +230,82 @@ def test_a_lost_machine_costs_what_was_trained_since_the_last_checkpoint(system:
     resumed = re.search(r"going on from checkpoint-(\d+)", log)
     assert resumed, log[-3000:]
     assert int(resumed[1]) >= 15
+
+
+# --- an endpoint, under load
+
+LOAD = """
+import json, sys, time, urllib.request as r
+url, seconds = sys.argv[1], float(sys.argv[2])
+body = json.dumps({"model": "first", "max_tokens": 4, "messages": [{"role": "user", "content": "Who bakes the bread?"}]}).encode()
+said, until = {"answers": 0, "failures": []}, time.monotonic() + seconds
+print("begun", flush=True)
+while time.monotonic() < until:
+    try:
+        with r.urlopen(r.Request(url, body, {"Content-Type": "application/json"}), timeout=300) as answer:
+            json.load(answer)["choices"][0]["message"]["content"]
+        said["answers"] += 1
+    except Exception as e:
+        said["failures"].append(f"{type(e).__name__}: {e}")
+    time.sleep(0.2)
+print(json.dumps(said))
+"""
+
+
+def endpoint(system: System, adapters: list[str]) -> None:
+    """The demonstration model, with adapters from the registry that asks for a password."""
+    image = {"image": f"{system.output}/team/my-adapter:1", "imagePullSecrets": ["pods-login"]}
+    named = [{"source": {"name": a, **image}} for a in adapters]
+    inference = {"preset": {"name": "demo-phi-3"}, "adapters": named}
+    workspace = {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": "served"},
+                 "resource": {"labelSelector": {"matchLabels": {"app": "tuning-phi-3"}}}, "inference": inference}  # fmt: skip
+    system.kubectl("apply", "-f", "-", stdin=json.dumps(workspace))
+
+
+def serves(system: System, revision: int) -> bool:
+    """Whether the endpoint is ready in the form of its present spec."""
+    workspace = system.workspace("served")
+    there = said(workspace, "InferenceReady")
+    current = there.get("observedGeneration") == workspace["metadata"]["generation"] >= revision
+    return bool(current and there["status"] == "True")
+
+
+def test_an_endpoint_is_changed_and_its_pod_dies_without_a_failed_request(system: System) -> None:
+    endpoint(system, ["first"])
+    system.until("the endpoint", lambda: serves(system, 1), 400)
+    [pod] = system.pods("served")
+    volumes = [v["image"]["reference"] for v in pod["spec"]["volumes"] if "image" in v]
+    assert volumes == [f"{system.output}/team/my-adapter:1"], "Kubernetes mounts the adapter's image by itself"
+    load = {"imagePullSecrets": [{"name": "kaito-pull"}]}
+    image = f"{system.registry.host}/kaito/my-controller:1"
+    system.kubectl("run", "load", "--restart=Never", f"--image={image}", f"--overrides={json.dumps({'spec': load})}",
+                   "--command", "--", "python", "-c", LOAD, "http://served.default/v1/chat/completions", "150")  # fmt: skip
+    system.until("the load", lambda: "begun" in system.kubectl("logs", "load", check=False))
+    endpoint(system, ["first", "second"])
+    system.until("the changed endpoint", lambda: serves(system, 2), 400)
+    system.kubectl("delete", "pod", "served-0", "--wait=false")
+    system.until("the end of the load", lambda: system.get("pod", "load")["status"]["phase"] == "Succeeded", 400)
+    result = json.loads(system.kubectl("logs", "load").splitlines()[-1])
+    assert result["failures"] == [], f"{result}\n{system.report()}"
+    assert result["answers"] > 5
+    system.until("the endpoint again", lambda: serves(system, 2), 400)
+    models = ask(system, "http://served.default/v1/chat/completions",
+                 {"model": "second", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]})  # fmt: skip
+    assert models["choices"]
+
+
+def test_an_endpoint_whose_machine_is_lost_comes_back_on_another(system: System) -> None:
+    node = system.pods("served")[0]["spec"]["nodeName"]
+    system.cluster.leave(node)
+    system.kubectl("delete", "node", node)  # as its cloud does
+    gpu_node(system, "gpu-3")
+    on = system.until("the pod on the other machine", lambda: [
+        p for p in system.pods("served") if p["spec"].get("nodeName") == "gpu-3" and "deletionTimestamp" not in p["metadata"]
+    ], 400)  # fmt: skip
+    assert len(on) == 1
+    system.until("the endpoint", lambda: serves(system, 2), 400)
+    system.kubectl("delete", "workspace", "served", "--timeout=120s")
+    system.until("the end of its pods", lambda: not system.pods("served"))
 
 
 # --- and out again

@@ -43,7 +43,8 @@ def test_a_file_without_a_workspace_is_not_valid(tmp_path: Path) -> None:
 def test_crd_prints_yaml() -> None:
     result = CliRunner().invoke(crd)
     assert result.exit_code == 0
-    assert yaml.safe_load(result.output)["metadata"]["name"] == "workspaces.kaito.sh"
+    names = [d["metadata"]["name"] for d in yaml.safe_load_all(result.output)]
+    assert names == ["workspaces.kaito.sh", "inferencesets.kaito.sh"]
 
 
 def test_the_reference_names_every_field_with_its_meaning() -> None:

@@ -243,6 +243,9 @@ REFUSED = [
      "inference.adapters[1].source.name: the name 'mine' is taken by adapters[0]"),
     (INFERENCE, "inference.adapters", INFERENCE["inference"]["adapters"] * 11,
      "inference.adapters: has more than 10 items"),
+    (TUNING, "inference", {"template": {"spec": {}}}, "inference.template: a pod template cannot serve what is tuned beside it"),
+    (TUNING, "inference", {"idleAfter": "soon"}, "inference.idleAfter: 'soon' is not a duration of more than 0"),
+    (TUNING, "inference", {"idleAfter": "0s"}, "inference.idleAfter: '0s' is not a duration of more than 0"),
     (INFERENCE, "resource.partition", {"mode": "mig"}, "resource.partition.profile: mode mig needs a profile"),
     (INFERENCE, "resource.partition", {"mode": "accelerator"}, "resource.partition.count: mode accelerator needs a count"),
     (INFERENCE, "resource.instanceTyp", "x", "resource.instanceTyp: unknown field 'instanceTyp'; did you mean 'instanceType'?"),
@@ -292,6 +295,21 @@ def test_warnings_stop_nobody() -> None:
         ("warning", "metadata.lables"),
         ("warning", "resource.labelSelector"),
     }
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "value", "field"),
+    [
+        (TUNING, "inference", {"policy": "always", "idleAfter": "5m"}, "inference.idleAfter"),
+        (INFERENCE, "inference.policy", "never", "inference.policy"),
+        (INFERENCE, "resource.maxCost", 5.0, "resource.maxCost"),
+        (TUNING, "metadata.annotations", {"kaito.sh/serve-after-tuning": "yes"}, "metadata.annotations.kaito.sh/serve-after-tuning"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_on_an_endpoint_is_said(base: dict[str, Any], path: str, value: Any, field: str) -> None:
+    workspace, problems = read_workspace(changed(base, path, value))
+    assert workspace is not None
+    assert [(p.severity, p.field) for p in problems] == [("warning", field)]
 
 
 def test_a_broken_structure_does_not_hide_other_mistakes() -> None:

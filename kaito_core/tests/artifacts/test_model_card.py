@@ -68,6 +68,20 @@ def test_what_is_unknown_is_left_out() -> None:
     assert "None" not in card
 
 
+def test_a_base_that_is_in_a_folder_is_named_without_its_path() -> None:
+    card = model_card(CardFacts(name="x", base_folder="my model", base_revision="sha256:00ff", image="r.io/x:1"))
+    assert "A LoRA adapter for the model in a folder `my model`, with the digest `sha256:00ff`." in card
+    assert "base_model" not in front_matter(card)
+    assert "name: ./my model" in card
+    assert "vllm serve" not in card  # there is no name that it could be given
+
+
+def test_a_base_that_no_preset_has_is_named_as_the_hub_does() -> None:
+    card = model_card(CardFacts(name="x", base_model="org/name", base_revision="abc", image="r.io/x:1"))
+    assert "name: org/name@abc" in card
+    assert "kaito preset" not in card
+
+
 def headings(card: str) -> list[str]:
     """Headings outside code blocks, as a Markdown reader sees them."""
     found, fence = [], ""

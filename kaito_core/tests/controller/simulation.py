@@ -10,14 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kaito_core.api import labels, read_workspace
-from kaito_core.controller.reconcile.decide import decide
-from kaito_core.controller.reconcile.decision import Decision, Ensure, Observe, Release
-from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, World
+from kaito_core.controller.reconcile.decide import decide, serves
+from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
+from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, PodProgress, World
 from kaito_core.controller.settings import Settings
-from kaito_core.kube.kinds import JOBS, Kind, Object
+from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Catalog, plan
-from kaito_core.plugins.types import NodeStatus, Offer, Price, ProvisioningError
+from kaito_core.planning.serving import serving_after
+from kaito_core.plugins.types import InferenceRuntime, NodeStatus, Offer, Price, ProvisioningError
 from kaito_core.testing.planning import GIB, OneOfEach
+from kaito_core.testing.serving import Echo
+from kaito_core.workloads.endpoint import Address
 
 START = 1_800_000_000.0
 OFFERS = tuple(
@@ -48,11 +51,19 @@ def workspace_object(**changes: Any) -> Object:
     return made
 
 
-def planned(obj: Object, offers: tuple[Offer, ...] = OFFERS) -> Planned:
+class Registry(OneOfEach):
+    """The same, and a runtime."""
+
+    def runtimes(self) -> dict[str, InferenceRuntime]:
+        return {"echo": Echo()}
+
+
+def planned(obj: Object, offers: tuple[Offer, ...] = OFFERS, *, serving: bool = False) -> Planned:
     """What planning says of it."""
     workspace, problems = read_workspace(obj)
     assert workspace is not None, problems
-    return Planned(plan(workspace, Catalog(OneOfEach(), offers)))
+    catalog = Catalog(Registry(), offers)
+    return Planned(serving_after(workspace, catalog) if serving and workspace.tuning else plan(workspace, catalog))
 
 
 WORLD = World(Settings(tuner_image="r.io/tuner:1"), lambda workspace, plan: plan.workload)
@@ -67,6 +78,8 @@ class Simulation:
     now: float = START
     objects: dict[tuple[Kind, str], Object] = field(default_factory=dict)
     pods: list[Object] = field(default_factory=list)
+    servers: list[Object] = field(default_factory=list)
+    """The pods of the endpoint."""
     machines: dict[str, str] = field(default_factory=dict)
     """What the cloud has, by request id: the instance type."""
     bought: list[str] = field(default_factory=list)
@@ -91,6 +104,14 @@ class Simulation:
     notes: list[str] = field(default_factory=list)
     holds: bool = True
     """Whether what the cloud gives has to be given back."""
+    activator: Address | None = None
+    """Where requests are held; None: nobody holds them."""
+    demand: bool = False
+    told: Endpoint | None = None
+    """What the activator was told last."""
+    in_flight: int = 0
+    last_request: float = 0.0
+    """What the server's pod says of itself."""
     crash_after: int = -1
     """Die after so many steps; -1: never."""
 
@@ -117,28 +138,41 @@ class Simulation:
     def observe(self) -> Observed:
         assert self.workspace is not None
         revisions = tuple(o for (k, _), o in self.objects.items() if k.kind == "ControllerRevision")
-        return Observed(
+        observed = Observed(
             now=self.now,
-            planned=planned(self.workspace, self.offers),
+            stateful_set=self.objects.get((STATEFUL_SETS, "one")),
+            service=self.objects.get((SERVICES, "one")),
+            slice=self.objects.get((ENDPOINT_SLICES, "one-activator")),
+            servers=tuple(self.servers),
+            activity={p["metadata"]["uid"]: self._busy() for p in self.servers if self.last_request},
+            activator=self.activator,
+            demand=self.demand,
             job=self.objects.get((JOBS, "one")),
             pods=tuple(self.pods),
             nodes=dict.fromkeys(self.workspace.get("status", {}).get("workerNodes", ()), self.node),
             revisions=revisions,
             provisioners={"cloud": Installed(self.holds)},
         )
+        serving = serves(self.workspace, observed, WORLD)
+        return replace(observed, planned=planned(self.workspace, self.offers, serving=serving))
+
+    def _busy(self) -> PodProgress:
+        return PodProgress(self.last_request, {"inFlight": self.in_flight, "lastRequest": self.last_request})
 
     def act(self, decision: Decision) -> None:
         assert self.workspace is not None
-        metadata = self.workspace["metadata"]
         if decision.finalizer is True:
-            self._write(lambda: metadata.setdefault("finalizers", []).append(labels.FINALIZER))
+            self._write(lambda: self._hold(decision))
         for kind, obj in decision.create:
             if (kind, obj["metadata"]["name"]) not in self.objects:
                 self._write(lambda k=kind, o=obj: self._create(k, o))
+        for kind, obj in decision.apply:
+            self._write(lambda k=kind, o=obj: self._apply(k, o))
         for deletion in decision.delete:
             self._write(lambda d=deletion: self._delete(d.kind, d.name))
         if decision.status is not None and decision.status != self.workspace.get("status", {}):
             self._write(lambda: self.workspace.update(status=copy.deepcopy(dict(decision.status or {}))))
+        self.told = decision.endpoint
         self.notes += [n.reason for n in decision.notes]
         if decision.finalizer is False:
             self._write(self._let_go)
@@ -156,11 +190,43 @@ class Simulation:
 
     # --- the API server and the job controller
 
+    def _hold(self, decision: Decision) -> None:
+        assert self.workspace is not None
+        metadata = self.workspace["metadata"]
+        metadata.setdefault("finalizers", []).append(labels.FINALIZER)
+        metadata.setdefault("annotations", {}).update(decision.annotations)
+
+    def _apply(self, kind: Kind, obj: Object) -> None:
+        there = self.objects.get((kind, obj["metadata"]["name"]))
+        if there is None:
+            self._create(kind, obj)
+        else:
+            there["metadata"] |= copy.deepcopy(obj["metadata"])
+            there.update({k: copy.deepcopy(v) for k, v in obj.items() if k != "metadata"})
+        if kind == STATEFUL_SETS:  # rolled over at once, and not ready yet
+            self.servers = [
+                {
+                    "metadata": {
+                        **copy.deepcopy(obj["spec"]["template"]["metadata"]),
+                        "name": "one-0",
+                        "uid": f"s-{self.writes}",
+                    },
+                    "spec": {"nodeName": "node-1"},
+                    "status": {"podIP": "10.0.0.9"},
+                }
+            ]
+
+    def answers(self, *, ready: bool = True) -> None:
+        """The kubelet says that the server's pod is ready."""
+        for pod in self.servers:
+            pod["status"]["conditions"] = [{"type": "Ready", "status": str(ready)}]
+
     def _let_go(self) -> None:
         """Its last finalizer is removed: a Workspace that is being deleted is gone, and what it owned goes with it."""
         self.workspace = None
         self.objects.clear()
         self.pods.clear()
+        self.servers.clear()
 
     def _create(self, kind: Kind, obj: Object) -> None:
         made = copy.deepcopy(obj)
@@ -171,6 +237,8 @@ class Simulation:
         self.objects.pop((kind, name), None)
         if kind == JOBS:
             self.pods.clear()
+        if kind == STATEFUL_SETS:
+            self.servers.clear()
 
     @property
     def job(self) -> Object | None:

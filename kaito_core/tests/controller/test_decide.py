@@ -85,7 +85,14 @@ def test_what_is_asked_for_is_written_down_before_it_is_asked(steps: int) -> Non
     if simulation.bought:
         assert simulation.workspace is not None
         assert simulation.workspace["metadata"]["finalizers"] == ["workspace.finalizer.kaito.sh"]
-        assert [a["instanceType"] for a in simulation.workspace["status"]["attempts"]] == simulation.bought
+        assert [a["instanceType"] for a in written(simulation)] == simulation.bought
+
+
+def written(simulation: Simulation) -> list[dict[str, Any]]:
+    """The attempts that the API server knows of: the first one may be an annotation still."""
+    assert simulation.workspace is not None
+    first = json.loads(simulation.workspace["metadata"]["annotations"]["kaito.sh/asked"])
+    return list(simulation.workspace.get("status", {}).get("attempts") or [first])
 
 
 def test_nothing_is_held_where_nothing_has_to_be_given_back() -> None:
@@ -105,8 +112,7 @@ def test_a_job_is_made_when_the_machine_is_ready_and_not_before() -> None:
     simulation = Simulation(pending=3)
     simulation.reconcile()
     assert simulation.job is None
-    assert simulation.condition("ResourceReady")["message"] == "cloud is asked for cheap (4 CPUs, no GPU)"
-    assert simulation.writes == 3, "finalizer, revision, status; nothing more before there is news"
+    assert simulation.writes == 2, "finalizer with the attempt, revision; nothing more before there is news"
     simulation.now += 6
     simulation.reconcile()
     assert simulation.condition("ResourceReady")["message"] == "on its way"

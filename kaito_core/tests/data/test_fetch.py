@@ -131,6 +131,25 @@ def test_the_hubs_token_goes_to_the_hub_and_not_across_a_redirect(
     assert "authorization" not in server.asked("/other.jsonl")[0]
 
 
+def test_a_token_from_a_file_ends_in_a_line_break(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    where = "/datasets/org/name/resolve/main/a.jsonl"
+    server.files[where] = b"{}"
+    get(tmp_path, "hf://datasets/org/name/a.jsonl", token="hf_right\n")
+    assert server.asked(where)[0]["authorization"] == "Bearer hf_right"
+
+
+@pytest.mark.parametrize("token", ["hf_ge\nheim", "hf_ge\r\nX-Other: heim", "hf_ge heim", "hf_ge\0heim", "hf_gehäim"])
+def test_a_token_that_cannot_be_sent_is_refused_and_never_shown(server: Any, tmp_path: Path, token: str) -> None:
+    """The HTTP client would name the header that it cannot send, token and all."""
+    with pytest.raises(UserError, match="characters in it that no token has") as e:
+        get(tmp_path, f"{server.url}/a.jsonl", token=token)
+    assert "hf_" not in str(e.value)
+    assert e.value.__cause__ is None
+    assert not server.requests
+    assert "hf_right" not in repr(downloading.Policy(True, 1, "hf_right"))
+
+
 def test_the_digest_that_the_hub_names_is_checked_and_saves_a_download(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

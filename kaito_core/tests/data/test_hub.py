@@ -21,6 +21,11 @@ FILES = {
     "modeling_phi3.py": b"import os",
     "README.md": b"# model",
 }
+TAKEN = {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+def files(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.is_file()}
 
 
 @pytest.fixture
@@ -45,16 +50,52 @@ def serve(server: Any, files: dict[str, bytes]) -> None:
 
 def test_weights_and_tokenizer_come_and_code_and_pickles_do_not(hub: Any, tmp_path: Path) -> None:
     fetch_model("org/name", COMMIT, tmp_path / "m")
-    assert {p.name for p in (tmp_path / "m").iterdir() if p.is_file()} == {
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-    }
+    assert files(tmp_path / "m") == TAKEN
+
+
+def test_the_licence_comes_with_the_weights(hub: Any, tmp_path: Path) -> None:
+    licences = {"LICENSE": b"a", "LICENSE.txt": b"b", "NOTICE": b"c", "NOTICE.md": b"d"}
+    serve(hub, {**FILES, **licences, "LICENSE.py": b"import os"})
+    fetch_model("org/name", COMMIT, tmp_path / "m")
+    assert files(tmp_path / "m") == TAKEN | set(licences)
+
+
+@pytest.mark.parametrize(
+    "shards", [("model.safetensors",), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")]
+)
+def test_weights_that_are_there_twice_come_once(hub: Any, tmp_path: Path, shards: tuple[str, ...]) -> None:
+    """Mistral's repositories have them in the form of its own code as well, which would double the download."""
+    others = {n: b for n, b in FILES.items() if not n.endswith(".safetensors")}
+    twice = {"consolidated.safetensors": b"again", "consolidated-00001-of-00002.safetensors": b"again"}
+    serve(hub, {**others, **dict.fromkeys(shards, b"weights"), **twice})
+    fetch_model("org/name", COMMIT, tmp_path / "m")
+    assert files(tmp_path / "m") == {"config.json", "tokenizer.json", *shards}
+    assert not [path for path, _ in hub.requests if "consolidated" in path]
+
+
+def test_weights_that_are_there_in_that_form_only_come(hub: Any, tmp_path: Path) -> None:
+    others = {n: b for n, b in FILES.items() if n != "model.safetensors"}
+    serve(hub, {**others, "consolidated.safetensors": b"weights"})
+    fetch_model("org/name", COMMIT, tmp_path / "m")
+    assert files(tmp_path / "m") == {"config.json", "tokenizer.json", "consolidated.safetensors"}
+
+
+@pytest.mark.parametrize("token", ["hf_ge\nheim", "hf_ge heim", "hf_gehäim"])
+def test_a_token_that_cannot_be_sent_is_refused_and_never_shown(hub: Any, tmp_path: Path, token: str) -> None:
+    with pytest.raises(UserError, match="characters in it that no token has") as e:
+        fetch_model("org/name", COMMIT, tmp_path / "m", token)
+    assert "hf_" not in str(e.value)
+    assert not hub.requests
+
+
+def test_a_token_from_a_file_ends_in_a_line_break(hub: Any, tmp_path: Path) -> None:
+    fetch_model("org/name", COMMIT, tmp_path / "m", "hf_right\n")
+    assert {h.get("authorization") for _, h in hub.requests} == {"Bearer hf_right"}
 
 
 def test_the_tokenizer_alone(hub: Any, tmp_path: Path) -> None:
     fetch_model("org/name", COMMIT, tmp_path / "m", tokenizer_only=True)
-    assert {p.name for p in (tmp_path / "m").iterdir() if p.is_file()} == {"config.json", "tokenizer.json"}
+    assert files(tmp_path / "m") == {"config.json", "tokenizer.json"}
 
 
 def test_a_model_of_pickles_is_refused(hub: Any, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class ScriptedServer:
 
     # --- what the reflector calls
 
-    def list(self, kind: Kind, namespace: str = "", *, labels: str = "") -> tuple[list[Object], str]:
+    def list(self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "") -> tuple[list[Object], str]:
         self.requests.append("list")
         if "list" in self.refuses:
             raise self.refuses["list"]
@@ -89,7 +89,14 @@ class ScriptedServer:
             return copy.deepcopy(list(self._objects.values())), str(self._version)
 
     def watch(
-        self, kind: Kind, namespace: str = "", *, resource_version: str, labels: str = "", seconds: int
+        self,
+        kind: Kind,
+        namespace: str = "",
+        *,
+        resource_version: str,
+        labels: str = "",
+        fields: str = "",
+        seconds: int,
     ) -> ScriptedWatch:
         self.requests.append(f"watch from {resource_version}")
         if "watch" in self.refuses:

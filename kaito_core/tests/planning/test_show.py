@@ -106,6 +106,15 @@ def test_long_lists_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("… 2 more" in line for line in told) == 1
 
 
+def test_a_number_of_parameters_that_nobody_knows_is_said_to_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    made = planned(offer())
+    assert "1 parameters" not in "\n".join(lines(made, capsys))
+    unknown = replace(made.preset, architecture=replace(made.preset.architecture, parameters=0))
+    told = lines(replace(made, preset=unknown), capsys)
+    assert any("unknown number of parameters" in line for line in told)
+    assert not any("0.0" in line for line in told if line.strip().startswith("model"))
+
+
 def test_a_slice_is_shown_as_one() -> None:
     known = catalogue.instance_types()
     assert has(known["standard_nv6ads_a10_v5"]) == "1/6 A10"

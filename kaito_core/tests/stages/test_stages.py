@@ -22,6 +22,7 @@ from kaito_core.problems import UserError
 from kaito_core.progress import Progress
 from kaito_core.stages import fetch
 from kaito_core.stages.process import Interrupted, run_stage
+from kaito_core.stages.push import provenance
 from kaito_core.testing.registry import running_registry, why_no_registry
 from kaito_core.workloads.job import DataInput, Folders, TuningJob
 
@@ -124,6 +125,14 @@ def data_image(folder: Path, files: dict[str, bytes]) -> Path:
     }
     layout.tag(layout.add("application/vnd.oci.image.manifest.v1+json", json.dumps(manifest).encode()), "1")
     return folder
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine(job: TuningJob, model: Path, tmp_path: Path) -> None:
+    source = ModelSource(folder=str(model), revision="sha256:" + "e" * 64)
+    found = provenance(replace(job, preset=replace(job.preset, source=source)), tmp_path)
+    assert found["sh.kaito.base.name"] == "tiny"
+    assert found["sh.kaito.base.revision"] == "sha256:" + "e" * 64
+    assert str(tmp_path) not in str(found)
 
 
 @pytest.mark.parametrize(

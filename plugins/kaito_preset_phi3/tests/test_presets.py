@@ -140,3 +140,8 @@ def test_presets_of_a_family_differ_only_in_name_context_and_source() -> None:
     mini, long = PRESETS["phi-3-mini-4k-instruct"], PRESETS["phi-3.5-mini-instruct"]
     assert replace(long.architecture, context=4096, sliding_window=2047) == mini.architecture
     assert long.chat == mini.chat
+
+
+def test_only_phi_4_mini_calls_tools() -> None:
+    vllm = {"tool-call-parser": "phi4_mini_json"}
+    assert {n: dict(p.inference) for n, p in PRESETS.items() if p.inference} == {"phi-4-mini-instruct": {"vllm": vllm}}

@@ -55,7 +55,9 @@ class Cluster:
     def get(self, kind: Kind, name: str, namespace: str = "") -> Object | None:
         return copy.deepcopy(self.objects.get(kind.kind, {}).get(name))
 
-    def list(self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None) -> Iterable[Object]:
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None, *, fresh: bool = False
+    ) -> Iterable[Object]:
         if kind.kind not in self.objects:
             raise NotFound(f"list {kind}: the server could not find the requested resource", status=404)
         has = (labels or {}).items()

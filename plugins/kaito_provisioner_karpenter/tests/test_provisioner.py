@@ -24,7 +24,8 @@ from kaito_core.plugins.types import (
     Transient,
     Unsupported,
 )
-from kaito_provisioner_karpenter.provisioner import EVENT_COMES, KarpenterNodes
+from kaito_provisioner_karpenter.flavours import NODE_CLAIMS
+from kaito_provisioner_karpenter.provisioner import EVENT_COMES, FRESH, KarpenterNodes
 
 OFF = {"KAITO_AWS_CHECKS": "off"}
 
@@ -264,6 +265,7 @@ def test_no_claim_is_made_for_a_node_class_that_is_not_ready() -> None:
     (offer,) = karpenter.offers(Requirements())
     assert offer.retired == status.message
     sick["status"]["conditions"] = [condition("Ready", "True")]
+    cluster.now += FRESH
     karpenter.ensure(request())
     assert cluster.made == [ID]
 
@@ -379,6 +381,26 @@ def test_a_list_with_a_mistake_is_said_where(text: str, words: str, caplog: pyte
 # --- what the API server says no with
 
 
+class Behind(Cluster):
+    """The host's cache has not heard yet of what was made."""
+
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None, *, fresh: bool = False
+    ) -> Iterable[Object]:
+        stale = kind == NODE_CLAIMS and not fresh
+        return [] if stale else super().list(kind, namespace, labels)
+
+
+def test_nothing_is_called_gone_on_the_word_of_a_cache() -> None:
+    cluster = Behind(AKS_CLASS)
+    nodes(cluster).ensure(request())
+    assert cluster.made == [ID]
+    assert [h.request_id for h in nodes(cluster).held()] == [ID]
+    assert nodes(cluster).release(ID).phase == "releasing"
+    cluster.claims.clear()
+    assert nodes(cluster).release(ID).phase == "absent"
+
+
 class Refusing(Cluster):
     """Refuses to write."""
 
@@ -413,7 +435,9 @@ def test_a_refusal_has_a_type(error: ApiError, kind: type[ProvisioningError]) ->
 
 def test_a_question_that_fails_costs_nobody_else_his_offers() -> None:
     class Silent(Cluster):
-        def list(self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None) -> Iterable[Object]:
+        def list(
+            self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None, *, fresh: bool = False
+        ) -> Iterable[Object]:
             raise Unreachable("no answer")
 
     karpenter = nodes(Silent())

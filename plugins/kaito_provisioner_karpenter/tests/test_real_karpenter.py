@@ -20,7 +20,7 @@ import pytest
 import yaml
 from asking import NC6S, NC24ADS, TAGS, request
 
-from kaito_core.controller.workspaces import ClusterView
+from kaito_core.controller.view import ClusterView, watching
 from kaito_core.kube.client import Client, connect
 from kaito_core.kube.kinds import CONFIG_MAPS, EVENTS, NODES, Kind, Object
 from kaito_core.kube.reflector import Reflector
@@ -89,12 +89,14 @@ def client(cluster: Cluster) -> Client:
 
 @pytest.fixture(scope="module")
 def view(client: Client) -> Iterator[ClusterView]:
-    """As the controller has it: see `kaito_core.controller.workspaces`."""
-    nodes = Reflector(client, NODES)
-    nodes.start()
-    until(lambda: nodes.has_synced)
-    yield ClusterView(client, {NODES: nodes})
-    nodes.stop()
+    """As the controller has it: see `kaito_core.controller.view`."""
+    caches = {NODES: Reflector(client, NODES), **watching(client, KarpenterNodes.watches, lambda old, new: None)}
+    for cache in caches.values():
+        cache.start()
+    until(lambda: all(c.has_synced for c in caches.values()))
+    yield ClusterView(client, caches)
+    for cache in caches.values():
+        cache.stop()
 
 
 @pytest.fixture
@@ -251,10 +253,12 @@ class NoSuchClass:
         return self._view.get(kind, name, namespace)
 
     def list(
-        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None, *, fresh: bool = False
     ) -> Iterable[Mapping[str, Any]]:
         return (
-            [{"metadata": {"name": "deleted"}}] if kind == KWOK.node_class else self._view.list(kind, namespace, labels)
+            [{"metadata": {"name": "deleted"}}]
+            if kind == KWOK.node_class
+            else self._view.list(kind, namespace, labels, fresh=fresh)
         )
 
     def apply(self, kind: Kind, obj: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from kaito_core.api import Workspace
 from kaito_core.plugins import hookimpl
-from kaito_core.workloads.tuning import JOB_PATH
 from kaito_core.workloads.workload import Workload
 
 IMAGE = "test.kaito.sh/image"
@@ -16,11 +15,12 @@ IMAGE = "test.kaito.sh/image"
 
 @hookimpl
 def kaito_workload(workspace: Workspace, workload: Workload) -> Workload:
-    job = json.loads(workload.files[JOB_PATH])
+    (path,) = workload.files  # of a tuning, or of an endpoint
+    job = json.loads(workload.files[path])
     job["configuration"].update(device="cpu", dtype="float32")
     return replace(
         workload,
-        files={**workload.files, JOB_PATH: json.dumps(job)},
+        files={path: json.dumps(job)},
         # One thread: two of them wait for each other on a machine that also runs a cluster.
         env={**workload.env, "OMP_NUM_THREADS": "1"},
         image=workspace.metadata.annotations.get(IMAGE, workload.image),

@@ -1,12 +1,13 @@
-"""The resources people write: the Workspace of ``kaito.sh/v1alpha1`` and ``v1beta1``, how files become Workspaces, what
-is checked about them without a cluster, and the CRD that is generated from them."""
+"""The resources people write: the Workspace of ``kaito.sh/v1alpha1`` and ``v1beta1`` and the InferenceSet, how files become
+Workspaces, what is checked about them without a cluster, and the CRDs that are generated from them."""
 
 from __future__ import annotations
 
 from kaito_core.api.conditions import Condition
 from kaito_core.api.documents import ConfigMap, Document, Documents, Secret, load_documents, load_text
 from kaito_core.api.inference import AdapterSpec, InferenceSpec, PresetOptions, PresetSpec
-from kaito_core.api.reading import read_workspace
+from kaito_core.api.inference_set import InferenceSet, InferenceSetStatus, validate_inference_set
+from kaito_core.api.reading import read_inference_set, read_workspace
 from kaito_core.api.resource import LabelSelector, Partition, ResourceSpec
 from kaito_core.api.source import DataDestination, DataSource
 from kaito_core.api.status import Attempt, ProgressStatus, WorkspaceStatus
@@ -28,6 +29,8 @@ __all__ = [
     "DataSource",
     "Document",
     "Documents",
+    "InferenceSet",
+    "InferenceSetStatus",
     "InferenceSpec",
     "LabelSelector",
     "Metadata",
@@ -43,6 +46,8 @@ __all__ = [
     "check_update",
     "load_documents",
     "load_text",
+    "read_inference_set",
     "read_workspace",
+    "validate_inference_set",
     "validate_workspace",
 ]

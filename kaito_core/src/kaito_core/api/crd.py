@@ -1,6 +1,6 @@
-"""The CustomResourceDefinition of the Workspace, generated from the models.
+"""The CustomResourceDefinitions of the Workspace and the InferenceSet, generated from the models.
 
-Its rules (CEL) are those of `kaito_core.api.validation` and `kaito_core.api.updates` that an API server can check by
+Their rules (CEL) are those of `kaito_core.api.validation` and `kaito_core.api.updates` that an API server can check by
 itself, so that a mistake is refused at ``kubectl apply`` even when no controller is running. What they cannot see is
 left to the controller: image references, URLs, annotations.
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from pydantic import BaseModel
+
+from kaito_core.api.inference_set import ALWAYS, LONGEST_NAME, PERCENT, SET_NAME, InferenceSet
 from kaito_core.api.labels import GROUP
 from kaito_core.api.resource import DURATION, PLACE, QUANTITY
 from kaito_core.api.workspace import V1BETA1, VERSIONS, Workspace
 
-NAME: Final = f"workspaces.{GROUP}"
-
 
 def crd() -> dict[str, Any]:
-    """The CRD as an object."""
+    """The CRD of the Workspace as an object."""
     names = {
         "plural": "workspaces",
         "singular": "workspace",
@@ -27,15 +28,47 @@ def crd() -> dict[str, Any]:
         "shortNames": ["wk", "wks"],
         "categories": ["workspace"],
     }
-    schema = workspace_schema()
+    return _definition(names, workspace_schema(), _columns(), {"status": {}})
+
+
+def inference_set_crd() -> dict[str, Any]:
+    """The CRD of the InferenceSet as an object; ``kubectl scale`` and autoscalers use its scale subresource."""
+    names = {
+        "plural": "inferencesets",
+        "singular": "inferenceset",
+        "kind": "InferenceSet",
+        "listKind": "InferenceSetList",
+        "shortNames": ["is", "isets"],
+        "categories": ["inferenceset"],
+    }
+    scale = {
+        "specReplicasPath": ".spec.replicas",
+        "statusReplicasPath": ".status.replicas",
+        "labelSelectorPath": ".status.selector",
+    }
+    columns = {
+        "Replicas": ("integer", ".spec.replicas"),
+        "ReadyReplicas": ("integer", ".status.readyReplicas"),
+        "UpdatedReplicas": ("integer", ".status.updatedReplicas"),
+        "Age": ("date", ".metadata.creationTimestamp"),
+    }
+    shown: list[dict[str, Any]] = [{"name": n, "type": k, "jsonPath": p} for n, (k, p) in columns.items()]
+    message = '.status.conditions[?(@.type=="InferenceSetReady")].message'
+    shown.append({"name": "Message", "type": "string", "jsonPath": message, "priority": 1})
+    return _definition(names, inference_set_schema(), shown, {"status": {}, "scale": scale})
+
+
+def _definition(
+    names: Mapping[str, Any], schema: Mapping[str, Any], columns: list[dict[str, Any]], subresources: Mapping[str, Any]
+) -> dict[str, Any]:
     # Beta first: that is the order in which kubectl prefers them.
     versions = [
         {
             "name": version.removeprefix(f"{GROUP}/"),
             "served": True,
             "storage": version == V1BETA1,
-            "subresources": {"status": {}},
-            "additionalPrinterColumns": _columns(),
+            "subresources": dict(subresources),
+            "additionalPrinterColumns": columns,
             "schema": {"openAPIV3Schema": schema},
         }
         for version in reversed(VERSIONS)
@@ -43,13 +76,13 @@ def crd() -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": NAME},
-        "spec": {"group": GROUP, "names": names, "scope": "Namespaced", "versions": versions},
+        "metadata": {"name": f"{names['plural']}.{GROUP}"},
+        "spec": {"group": GROUP, "names": dict(names), "scope": "Namespaced", "versions": versions},
     }
 
 
-def crd_yaml() -> str:
-    """The CRD as YAML, ready for ``kubectl apply -f -``."""
+def crd_yaml(definition: Mapping[str, Any] | None = None) -> str:
+    """A CRD as YAML, ready for ``kubectl apply -f -``: the Workspace's, unless another is given."""
     import yaml
 
     class Plain(yaml.SafeDumper):
@@ -59,30 +92,57 @@ def crd_yaml() -> str:
             return True
 
     head = "# Generated from kaito_core.api by `kaito crd`; do not edit.\n"
-    return head + yaml.dump(crd(), Dumper=Plain, sort_keys=False, width=120, allow_unicode=True)
+    given = crd() if definition is None else definition
+    return head + yaml.dump(given, Dumper=Plain, sort_keys=False, width=120, allow_unicode=True)
 
 
 def workspace_schema() -> dict[str, Any]:
     """The structural schema of a Workspace, with its rules."""
-    model = Workspace.model_json_schema(mode="validation")
-    schema = _structural(model, model["$defs"])
-    schema["required"].remove("apiVersion")  # the API server sees to these three
-    schema["required"].remove("kind")
-    schema["required"].remove("metadata")
+    schema = _schema(Workspace)
+    schema["properties"]["resource"]["default"] = {}  # so that its own defaults and rules always apply
+    _rule(schema, _RULES)
+    return schema
+
+
+def inference_set_schema() -> dict[str, Any]:
+    """The structural schema of an InferenceSet, with its rules. In its template are the Workspace's own parts, with those of
+    their rules that are about one state: a template may change in every way, as its Workspaces are made anew where they must."""
+    schema = _schema(InferenceSet)
+    template = schema["properties"]["spec"]["properties"]["template"]["properties"]
+    template["resource"]["default"] = {}
+    _rule(schema, _SET_RULES)
+    for path, rules in _RULES.items():
+        part, _, _ = path.partition(".")
+        if part in ("resource", "inference"):
+            of_a_state = {m: r for m, r in rules.items() if "oldSelf" not in r}
+            more = _OF_A_SET if path == "inference" else {}
+            _rule(template[part], {path.removeprefix(part).lstrip("."): of_a_state | more})
+    return schema
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    described = model.model_json_schema(mode="validation")
+    schema = _structural(described, described["$defs"])
+    # The API server sees to these three.
+    schema["required"] = [f for f in schema["required"] if f not in ("apiVersion", "kind", "metadata")]
     if not schema["required"]:
         del schema["required"]
     properties = schema["properties"]
     properties["apiVersion"] = {"type": "string", "description": properties["apiVersion"]["description"]}
     properties["kind"] = {"type": "string", "description": properties["kind"]["description"]}
     properties["metadata"] = {"type": "object"}
-    properties["resource"]["default"] = {}  # so that its own defaults and rules always apply
     conditions = properties["status"]["properties"]["conditions"]
     conditions |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-    for path, rules in _RULES.items():
-        _at(schema, path)["x-kubernetes-validations"] = [
-            {"rule": " ".join(rule.split()), "message": message} for message, rule in rules.items()
-        ]
     return schema
+
+
+def _rule(schema: dict[str, Any], rules: Mapping[str, Mapping[str, str]]) -> None:
+    """Put these rules at their paths."""
+    for path, said in rules.items():
+        if said:
+            _at(schema, path)["x-kubernetes-validations"] = [
+                {"rule": " ".join(rule.split()), "message": message} for message, rule in said.items()
+            ]
 
 
 # --- from pydantic's JSON schema to Kubernetes' structural one
@@ -112,6 +172,10 @@ def _structural(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict
     result = {k: node[k] for k in _KEPT if k in node}
     if isinstance(node.get("description"), str):
         result["description"] = " ".join(node["description"].split())
+    if "x-kubernetes-int-or-string" in node:
+        del result["type"]
+        result["x-kubernetes-int-or-string"] = True
+        node = {**node, "type": ""}
     if node.get("default") not in (None, "", [], {}):
         result["default"] = node["default"]
     if node.get("type") == "integer":
@@ -203,6 +267,8 @@ _RULES: Final[dict[str, dict[str, str]]] = {
             !has(self.tuning) || !has(self.resource) || !has(self.resource.count) || self.resource.count == 1""",
         "a part of a GPU cannot be used for tuning: remove resource.partition": """
             !has(self.tuning) || !has(self.resource) || !has(self.resource.partition)""",
+        "inference.template cannot serve what is tuned beside it": """
+            !has(self.tuning) || !has(self.inference) || !has(self.inference.template)""",
     },
     "resource": {
         "count cannot be changed": _same("count"),
@@ -256,6 +322,8 @@ _RULES: Final[dict[str, dict[str, str]]] = {
     },
     "inference": {
         "preset and template cannot be set at the same time": "!has(self.preset) || !has(self.template)",
+        "idleAfter must be a duration like 5m or 1h30m": f"""
+            !has(self.idleAfter) || self.idleAfter.matches('{DURATION}')""",
         "each adapter must have its own name": """
             !has(self.adapters) || self.adapters.all(a, !has(a.source.name)
             || self.adapters.exists_one(b, has(b.source.name) && b.source.name == a.source.name))""",
@@ -270,3 +338,25 @@ _RULES: Final[dict[str, dict[str, str]]] = {
     },
 }
 """What an API server checks: path → message → rule. A rule with ``oldSelf`` applies to updates only."""
+
+_OF_A_SET: Final = {
+    "preset or template must be specified for inference": "has(self.preset) || has(self.template)",
+    ALWAYS: "!has(self.policy) || self.policy == 'always'",
+}
+
+_SET_RULES: Final[dict[str, dict[str, str]]] = {
+    "": {
+        f"metadata.name must begin with a letter and have lower case letters, digits and '-' only, {LONGEST_NAME} at most": f"""
+            self.metadata.name.matches('{SET_NAME}') && size(self.metadata.name) <= {LONGEST_NAME}""",
+    },
+    "spec": {
+        "labelSelector cannot be given both in spec and in template.resource": """
+            !has(self.labelSelector) || !has(self.template.resource) || !has(self.template.resource.labelSelector)""",
+    },
+    "spec.updateStrategy.rollingUpdate": {
+        "maxUnavailable must be a number from 1 on, or a share like 25%": f"""
+            !has(self.maxUnavailable) || (type(self.maxUnavailable) == int ? self.maxUnavailable >= 1
+            : self.maxUnavailable.matches('{PERCENT}'))""",
+    },
+}
+"""The same for an InferenceSet, beside those of the parts that it shares with a Workspace."""

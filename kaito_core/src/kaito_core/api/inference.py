@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from kaito_core.api.base import Name, Resource, Text
+from kaito_core.api.resource import seconds_of
 from kaito_core.api.source import DataSource
 
 MAX_ADAPTERS = 10
+
+Policy = Literal["onDemand", "always", "never"]
+"""When a model is served: from the first request until it has been idle, all the time, or not at all."""
+
+IDLE_SECONDS: Final = 15 * 60.0
+"""How long an endpoint on demand waits for a next request where the Workspace does not say."""
 
 
 class PresetOptions(Resource):
@@ -35,7 +42,10 @@ class PresetOptions(Resource):
 class PresetSpec(Resource):
     """A model that kaito knows."""
 
-    name: Name = Field(description="The preset's name; upper and lower case are the same.")
+    name: Name = Field(
+        description="The preset's name; upper and lower case are the same. Or any model that kaito can read: `org/name` or "
+        "`org/name@revision` of the Hugging Face hub, or, on this machine, a folder as `/path` or `./path`."
+    )
     access_mode: Literal["public", "private"] = Field(
         "public",
         description="`private` when the weights come from `presetOptions.image`.",
@@ -73,3 +83,22 @@ class InferenceSpec(Resource):
     adapters: tuple[AdapterSpec, ...] = Field(
         (), max_length=MAX_ADAPTERS, description=f"Adapters to load onto the model, {MAX_ADAPTERS} at most."
     )
+    policy: Policy | None = Field(
+        None,
+        description=(
+            "When the model is served: `onDemand` (machines from the first request until it has been idle for `idleAfter`), `always` "
+            "or `never`. When absent: `onDemand` after a tuning, else `always`."
+        ),
+        json_schema_extra={"note": "not in KAITO"},
+    )
+    idle_after: Annotated[str, Field(max_length=32)] = Field(
+        "",
+        description="With `onDemand`: how long no request comes before the machines are given back, as `5m` or `1h30m`. "
+        "When absent: `15m`.",
+        json_schema_extra={"note": "not in KAITO"},
+    )
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long an endpoint on demand waits for a next request."""
+        return seconds_of(self.idle_after) or IDLE_SECONDS

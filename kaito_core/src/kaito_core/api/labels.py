@@ -9,8 +9,13 @@ GROUP: Final = "kaito.sh"
 # Labels
 WORKSPACE: Final = "kaito.sh/workspace"
 WORKSPACE_NAMESPACE: Final = "kaito.sh/workspacenamespace"
+REQUEST: Final = "kaito.sh/request"
+"""On what a node provisioner got: the id of the request."""
 RAG_ENGINE: Final = "kaito.sh/ragengine"
 RAG_ENGINE_NAMESPACE: Final = "kaito.sh/ragenginenamespace"
+SERVING: Final = "kaito.sh/serving"
+"""Ours, on the pods of an endpoint."""
+INFERENCE_SET: Final = "inferenceset.kaito.sh/created-by"
 MACHINE_TYPE: Final = "kaito.sh/machine-type"
 INFERENCE_ROLE: Final = "kaito.sh/inference-role"
 REVISION_NAME: Final = "workspace.kaito.io/name"
@@ -44,8 +49,21 @@ DISABLE_BENCHMARK: Final = "kaito.sh/disable-benchmark"
 PERFORMANCE_MODE: Final = "kaito.sh/performance-mode"
 USE_LOCAL_WEIGHTS: Final = "kaito.sh/use-local-weights"
 MODEL_STREAMING: Final = "kaito.sh/model-streaming"
+SERVE_AFTER_TUNING: Final = "kaito.sh/serve-after-tuning"
+"""Ours: whether a tuned model is served, where the Workspace has no ``inference.policy``."""
+ASKED: Final = "kaito.sh/asked"
+"""Who is asked for the first machines, and for which: written with the finalizer, before they are asked for."""
+API_KEY_SECRET: Final = "kaito.sh/api-key-secret"  # noqa: S105 – the name of an annotation
+"""Ours: the Secret whose key ``api-key`` a request to the endpoint must have as its bearer token."""
+WAKE: Final = "kaito.sh/wake"
+"""Ours: when somebody wanted the endpoint to be there (RFC 3339)."""
+APPLIED: Final = "kaito.sh/applied"
+"""A digest of what an object was made from."""
 REVISION_HASH: Final = "workspace.kaito.io/hash"
 REVISION: Final = "workspace.kaito.io/revision"
+
+HANDED_ON: Final = frozenset({INFERENCE_SET, INFERENCE_ROLE})
+"""Labels of a Workspace that its pods have too."""
 
 ANNOTATION_VALUES: Final[dict[str, tuple[str, ...]]] = {
     ENABLE_LOAD_BALANCER: ("True",),
@@ -54,6 +72,7 @@ ANNOTATION_VALUES: Final[dict[str, tuple[str, ...]]] = {
     PERFORMANCE_MODE: ("balanced", "interactivity", "throughput"),
     USE_LOCAL_WEIGHTS: ("true", "false"),
     MODEL_STREAMING: ("disabled",),
+    SERVE_AFTER_TUNING: ("onDemand", "always", "never"),
 }
 """Values that have an effect; any other is passed over, so a person is told. Runtimes come from plugins."""
 

@@ -1,19 +1,20 @@
-"""From a mapping to a Workspace, with everything that is wrong with it as problems in plain words.
+"""From a mapping to a Workspace or an InferenceSet, with everything that is wrong with it as problems in plain words.
 
 Pydantic stops at the structure: with one unknown field there is no model, and no rule could look at the rest. So what
 does not fit is cut out (or, where it is required, replaced by a stand-in), the rules see what is left, and what they
-say about the cut places is dropped. A person sees all mistakes at once; a Workspace comes out only without any cut.
+say about the cut places is dropped. A person sees all mistakes at once; a model comes out only without any cut.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from kaito_core.api.inference_set import InferenceSet, validate_inference_set
 from kaito_core.api.suggest import closest
 from kaito_core.api.validation import validate_workspace
 from kaito_core.api.workspace import Workspace
@@ -21,22 +22,35 @@ from kaito_core.api.yaml_source import join
 from kaito_core.problems import Problem
 
 _Path = tuple[str | int, ...]
+_Read = TypeVar("_Read", bound=BaseModel)
 _STAND_IN = "stand-in"
 
 
 def read_workspace(data: Mapping[str, Any], *, allow_private: bool = False) -> tuple[Workspace | None, list[Problem]]:
     """The Workspace, unless its structure is broken, and all problems. ``status`` is accepted and passed over."""
+    return _read(Workspace, data, lambda w: validate_workspace(w, allow_private=allow_private))
+
+
+def read_inference_set(
+    data: Mapping[str, Any], *, allow_private: bool = False
+) -> tuple[InferenceSet | None, list[Problem]]:
+    """The InferenceSet, as `read_workspace` reads a Workspace."""
+    return _read(InferenceSet, data, lambda s: validate_inference_set(s, allow_private=allow_private))
+
+
+def _read(
+    model: type[_Read], data: Mapping[str, Any], validate: Callable[[_Read], list[Problem]]
+) -> tuple[_Read | None, list[Problem]]:
     data = {k: v for k, v in data.items() if k != "status"}
     try:
-        workspace = Workspace.model_validate(data)
+        found = model.model_validate(data)
     except ValidationError as e:
-        problems = _problems(e)
-        rest, cut = _without_faults(data, e)
+        problems = _problems(model, e)
+        rest, cut = _without_faults(model, data, e)
         if rest is not None:
-            found = validate_workspace(rest, allow_private=allow_private)
-            problems += [p for p in found if not any(_touches(p.field, path) for path in cut)]
+            problems += [p for p in validate(rest) if not any(_touches(p.field, path) for path in cut)]
         return None, problems
-    return workspace, validate_workspace(workspace, allow_private=allow_private)
+    return found, validate(found)
 
 
 def path_of(steps: _Path) -> str:
@@ -54,7 +68,9 @@ def _touches(field: str, cut: str) -> bool:
 # --- cutting faults out
 
 
-def _without_faults(data: Mapping[str, Any], error: ValidationError) -> tuple[Workspace | None, set[str]]:
+def _without_faults(
+    model: type[_Read], data: Mapping[str, Any], error: ValidationError
+) -> tuple[_Read | None, set[str]]:
     rest: Any = copy.deepcopy(dict(data))
     cut: set[str] = set()
     for _ in range(8):  # each round cuts at least one level higher than the round before
@@ -64,15 +80,15 @@ def _without_faults(data: Mapping[str, Any], error: ValidationError) -> tuple[Wo
             while path_of(steps) in cut and steps:
                 steps = steps[:-1]
             cut.add(path_of(steps))
-            _cut(rest, steps, stand_in=detail["type"] == "missing")
+            _cut(model, rest, steps, stand_in=detail["type"] == "missing")
         try:
-            return Workspace.model_validate(rest), cut
+            return model.model_validate(rest), cut
         except ValidationError as e:
             error = e
     return None, cut
 
 
-def _cut(data: Any, steps: _Path, *, stand_in: bool) -> None:
+def _cut(of: type[BaseModel], data: Any, steps: _Path, *, stand_in: bool) -> None:
     for step in steps[:-1]:
         try:
             data = data[step]
@@ -82,8 +98,7 @@ def _cut(data: Any, steps: _Path, *, stand_in: bool) -> None:
         return
     last = steps[-1]
     if stand_in and isinstance(data, dict):
-        model = _model(_field_type(Workspace, steps))
-        data[last] = {} if model else _STAND_IN
+        data[last] = {} if _model(_field_type(of, steps)) else _STAND_IN
     elif isinstance(data, dict):
         data.pop(last, None)
     elif isinstance(data, list) and isinstance(last, int) and last < len(data):
@@ -93,22 +108,22 @@ def _cut(data: Any, steps: _Path, *, stand_in: bool) -> None:
 # --- what pydantic says, in plain words
 
 
-def _problems(error: ValidationError) -> list[Problem]:
+def _problems(of: type[BaseModel], error: ValidationError) -> list[Problem]:
     details = error.errors()
     # A required field under a wrong name is one mistake, not two.
-    misspelt = {(*d["loc"][:-1], _meant(d["loc"])) for d in details if d["type"] == "extra_forbidden"}
-    return [_problem(d) for d in details if d["type"] != "missing" or d["loc"] not in misspelt]
+    misspelt = {(*d["loc"][:-1], _meant(of, d["loc"])) for d in details if d["type"] == "extra_forbidden"}
+    return [_problem(of, d) for d in details if d["type"] != "missing" or d["loc"] not in misspelt]
 
 
-def _problem(error: ErrorDetails) -> Problem:
+def _problem(of: type[BaseModel], error: ErrorDetails) -> Problem:
     steps, kind, value = error["loc"], error["type"], error["input"]
     field, context = path_of(steps), error.get("ctx", {})
     name = str(steps[-1]) if steps else ""
     if kind == "missing":
-        about = _description(steps)
+        about = _description(of, steps)
         return Problem(f"{name} is required", f"add '{name}:'" + (f" – {about}" if about else ""), field)
     if kind == "extra_forbidden":
-        return _unknown(steps, name, field)
+        return _unknown(of, steps, name, field)
     if kind == "literal_error":
         allowed = context.get("expected", "").replace("'", "")
         close = closest(str(value), allowed.replace(" or ", ", ").split(", "))
@@ -136,26 +151,26 @@ def _problem(error: ErrorDetails) -> Problem:
     return Problem(f"{what}, and is {_shown(value)}", "write one value on the same line as its name", field)
 
 
-def _unknown(steps: _Path, name: str, field: str) -> Problem:
-    if steps == ("spec",):
+def _unknown(of: type[BaseModel], steps: _Path, name: str, field: str) -> Problem:
+    if steps == ("spec",) and of is Workspace:
         remedy = "write resource, inference and tuning at the top level"
         return Problem("a Workspace has no 'spec'", remedy, field)
-    if close := _meant(steps):
+    if close := _meant(of, steps):
         return Problem(f"unknown field '{name}'; did you mean '{close}'?", f"write '{close}'", field)
-    elsewhere = [path for path in _all_fields(Workspace) if path.rpartition(".")[2] == name]
+    elsewhere = [path for path in _all_fields(of) if path.rpartition(".")[2] == name]
     if elsewhere:
         return Problem(f"unknown field '{name}' here; there is {' and '.join(elsewhere)}",
                        "check the indentation", field)  # fmt: skip
-    return Problem(f"unknown field '{name}'", f"remove it; known here are {', '.join(_known(steps))}", field)
+    return Problem(f"unknown field '{name}'", f"remove it; known here are {', '.join(_known(of, steps))}", field)
 
 
-def _known(steps: _Path) -> list[str]:
-    model = _model(_field_type(Workspace, steps[:-1]))
+def _known(of: type[BaseModel], steps: _Path) -> list[str]:
+    model = _model(_field_type(of, steps[:-1]))
     return [f.alias or n for n, f in model.model_fields.items()] if model else []
 
 
-def _meant(steps: _Path) -> str:
-    return closest(str(steps[-1]), _known(steps))
+def _meant(of: type[BaseModel], steps: _Path) -> str:
+    return closest(str(steps[-1]), _known(of, steps))
 
 
 def _shown(value: Any) -> str:
@@ -197,8 +212,8 @@ def _field_type(model: type[BaseModel], steps: _Path) -> Any:
     return here
 
 
-def _description(steps: _Path) -> str:
-    inside = _model(_field_type(Workspace, steps[:-1]))
+def _description(of: type[BaseModel], steps: _Path) -> str:
+    inside = _model(_field_type(of, steps[:-1]))
     fields = inside.model_fields.items() if inside else ()
     text = next((f.description for n, f in fields if (f.alias or n) == steps[-1]), None) or ""
     return text.split(". ")[0].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 
@@ -72,6 +73,18 @@ class Attempt(Observed):
     message: str = Field("", description="How it ended, in the words of whoever ended it.")
 
 
+class ServingStatus(Observed):
+    """How the endpoint is."""
+
+    phase: Literal["Asleep", "Starting", "Ready", "Failed"] | None = Field(
+        None, description="`Asleep`: no machine is held, and the next request gets one."
+    )
+    since: str = Field("", description="Since when (RFC 3339).", json_schema_extra={"format": "date-time"})
+    last_request: str = Field(
+        "", description="When a request was seen last (RFC 3339).", json_schema_extra={"format": "date-time"}
+    )
+
+
 class WorkspaceStatus(Observed):
     """What has become of a Workspace."""
 
@@ -93,6 +106,9 @@ class WorkspaceStatus(Observed):
     )
     adapter: AdapterStatus | None = Field(
         None, description="What a tuning made.", json_schema_extra={"note": "not in KAITO"}
+    )
+    serving: ServingStatus | None = Field(
+        None, description="How the endpoint is.", json_schema_extra={"note": "not in KAITO"}
     )
     finished_revision: str = Field(
         "",

@@ -131,6 +131,9 @@ def _resource(workspace: Workspace) -> Iterator[Problem]:
                           "resource.count")  # fmt: skip
         if resource.partition is not None:
             yield Problem("a part of a GPU cannot be used for tuning", "remove partition", "resource.partition")
+    elif resource.max_cost is not None:
+        yield Problem("limits what a job costs, and an endpoint has no end", "limit the hour: maxPricePerHour",
+                      "resource.maxCost", severity="warning")  # fmt: skip
     if resource.partition is not None:
         yield from _partition(resource.partition)
     yield from _choice(resource)
@@ -230,6 +233,13 @@ def _inference(inference: InferenceSpec, workspace: Workspace) -> Iterator[Probl
     # Beside tuning, the model is the tuned one.
     if inference.preset is None and inference.template is None and workspace.tuning is None:
         yield Problem("has neither preset nor template", "add 'preset:' with the name of a model", "inference")
+    if workspace.tuning is not None and inference.template is not None:
+        yield Problem("a pod template cannot serve what is tuned beside it", "leave the template out, or give it a Workspace "
+                      "of its own", "inference.template")  # fmt: skip
+    if workspace.tuning is None and inference.policy == "never":
+        yield Problem("'never' serves nothing, and there is nothing to tune either", "remove it, or write 'onDemand'",
+                      "inference.policy", severity="warning")  # fmt: skip
+    yield from _idle(inference, workspace)
     yield from _object_name(inference.config, "inference.config", "ConfigMap")
     first: dict[str, int] = {}
     for i, adapter in enumerate(inference.adapters):
@@ -239,6 +249,19 @@ def _inference(inference: InferenceSpec, workspace: Workspace) -> Iterator[Probl
         if name and first.setdefault(name, i) != i:
             yield Problem(f"the name {name!r} is taken by adapters[{first[name]}]", "give each adapter its own name",
                           f"{path}.source.name")  # fmt: skip
+
+
+def _idle(inference: InferenceSpec, workspace: Workspace) -> Iterator[Problem]:
+    path, policy = "inference.idleAfter", workspace.serving_policy()
+    if not inference.idle_after:
+        return
+    if not seconds_of(inference.idle_after):
+        yield Problem(
+            f"{inference.idle_after!r} is not a duration of more than 0", "write for example 5m or 1h30m", path
+        )
+    elif policy != "onDemand":
+        yield Problem(f"has no effect while the model is served {policy!r}", "write 'policy: onDemand', or remove it", path,
+                      severity="warning")  # fmt: skip
 
 
 def _preset(preset: PresetSpec, path: str, workspace: Workspace) -> Iterator[Problem]:

@@ -11,12 +11,13 @@ which hosts a URL may name (v1beta1).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
+from kaito_core.api import labels
 from kaito_core.api.base import Resource
-from kaito_core.api.inference import InferenceSpec
+from kaito_core.api.inference import InferenceSpec, Policy
 from kaito_core.api.resource import ResourceSpec
 from kaito_core.api.status import WorkspaceStatus
 from kaito_core.api.tuning import TuningSpec
@@ -75,3 +76,13 @@ class Workspace(Resource):
     @property
     def namespace(self) -> str:
         return self.metadata.namespace
+
+    def serving_policy(self, after_tuning: Policy = "onDemand") -> Policy:
+        """When its model is served: what ``inference.policy`` says; without it always, or after a tuning what the annotation
+        ``kaito.sh/serve-after-tuning`` says, or else ``after_tuning``."""
+        if self.inference is not None and self.inference.policy is not None:
+            return self.inference.policy
+        if self.tuning is None:
+            return "always"
+        said = self.metadata.annotations.get(labels.SERVE_AFTER_TUNING)
+        return next((p for p in get_args(Policy) if p == said), after_tuning)

@@ -27,14 +27,16 @@ class Sample:
 class CardFacts:
     """What is known about an adapter. Every field but ``name`` may be left empty.
 
-    ``base_model`` is a name on the hub, ``preset`` kaito's name for it. ``license`` is the base model's, as an SPDX
-    identifier in lower case. ``datasets`` are names on the hub. Losses are mean cross-entropies in nats per token on data
-    that was held out from training.
+    ``base_model`` is a name on the hub, ``preset`` the name of kaito's preset for it. A base model that is on no hub has a
+    ``base_folder``, the folder's own name without its path; ``base_revision`` is a digest then. ``license`` is the base
+    model's, as an SPDX identifier in lower case. ``datasets`` are names on the hub. Losses are mean cross-entropies in nats per
+    token on data that was held out from training.
     """
 
     name: str
     base_model: str = ""
     base_revision: str = ""
+    base_folder: str = ""
     preset: str = ""
     license: str = ""
     tags: tuple[str, ...] = ()
@@ -81,6 +83,9 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
 def _what(facts: CardFacts) -> str:
     base = f" for {_code(facts.base_model)}" if facts.base_model else ""
     base += f" at revision {_code(facts.base_revision)}" if facts.base_model and facts.base_revision else ""
+    if facts.base_folder:
+        digest = f", with the digest {_code(facts.base_revision)}" if facts.base_revision else ""
+        base = f" for the model in a folder {_code(facts.base_folder)}{digest}"
     made = f", made with {_text(facts.made_with)}" if facts.made_with else ""
     lines = [f"A LoRA adapter{base}{made}. It holds the difference to the base model, not the model itself."]
     if facts.preset:
@@ -148,13 +153,22 @@ def _use(facts: CardFacts) -> str:
         served += f" --revision {_shell(facts.base_revision)}" if facts.base_revision else ""
         served += f" --enable-lora --lora-modules {_shell(facts.name + '=.')}"
         parts.append("With vLLM:\n\n" + _fenced("sh", served))
-    if facts.image and facts.preset:
+    if facts.image and (served := _named(facts)):
         inference = {
-            "preset": {"name": facts.preset},
+            "preset": {"name": served},
             "adapters": [{"source": {"name": facts.name, "image": facts.image}}],
         }
         parts.append("With kaito, in a workspace:\n\n" + _fenced("yaml", _yaml({"inference": inference})))
     return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _named(facts: CardFacts) -> str:
+    """The base model as a workspace names it: the preset, ``org/name@revision`` of the hub, or a folder beside the workspace's file."""
+    if facts.preset:
+        return facts.preset
+    if facts.base_model:
+        return f"{facts.base_model}@{facts.base_revision}" if facts.base_revision else facts.base_model
+    return f"./{facts.base_folder}" if facts.base_folder else ""
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

@@ -1,12 +1,14 @@
 """The files under ``/data`` of an image, from a registry or from an OCI layout.
 
-Reads what people push with any tool: OCI and Docker manifests, lists for several platforms, any base image below.
+Reads what people push with any tool: OCI and Docker manifests, lists for several platforms, any base image below, and artifacts
+that hold files instead of a file system (`kaito_core.artifacts.contents`), all of whose files are taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,19 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kaito_core.artifacts.contents import Content, contents
 from kaito_core.artifacts.credentials import Credentials
 from kaito_core.artifacts.layers import DATA, DataFiles
 from kaito_core.artifacts.layout import Layout
-from kaito_core.artifacts.manifest import (
-    READABLE_LAYERS,
-    Descriptor,
-    Manifest,
-    is_index,
-    read_document,
-    read_index,
-    read_manifest,
-)
-from kaito_core.artifacts.registry import RegistryClient
+from kaito_core.artifacts.manifest import Descriptor, Manifest, is_index, read_document, read_index, read_manifest
+from kaito_core.artifacts.registry import OnBytes, RegistryClient
 from kaito_core.oci_reference import Reference
 from kaito_core.problems import Failure, UserError
 
@@ -65,8 +60,8 @@ def pull(
         with contextlib.ExitStack() as stack:
             # Beside the files, so that putting one in its place is a rename; it may be a mount, so not beside the folder.
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=into, prefix=".pull-")))
-            images = stack.enter_context(_open(source, credentials, tag, sleep))
-            digest, manifest = _choose(images)
+            images = stack.enter_context(open_images(source, credentials, tag=tag, sleep=sleep))
+            digest, manifest = choose(images)
             files = _unpack(images, manifest, scratch, max_bytes)
             for name, content in files.items():
                 target = into / name
@@ -80,7 +75,7 @@ def pull(
     return PulledImage(digest, manifest.annotations, tuple(sorted(files)))
 
 
-class _Images(Protocol):
+class Images(Protocol):
     """Where manifests and layers come from."""
 
     @property
@@ -92,8 +87,9 @@ class _Images(Protocol):
         """The image that was asked for, or one by its digest."""
         ...
 
-    def layer(self, descriptor: Descriptor, scratch: Path) -> Path:
-        """A file with the layer, checked against its digest."""
+    def layer(self, descriptor: Descriptor, into: Path, on_bytes: OnBytes = lambda _: None) -> Path:
+        """A file with the layer, checked against its digest: ``into``, or one that is not ours. A download goes on with what is in
+        ``into``, and leaves there what has come when it breaks."""
         ...
 
 
@@ -106,10 +102,9 @@ class _Remote:
         reference = self.client.reference
         return self.client.manifest(digest or reference.digest or reference.tag)
 
-    def layer(self, descriptor: Descriptor, scratch: Path) -> Path:
-        path = scratch / "layer"
-        self.client.download(descriptor, path)
-        return path
+    def layer(self, descriptor: Descriptor, into: Path, on_bytes: OnBytes = lambda _: None) -> Path:
+        self.client.download(descriptor, into, on_bytes, resume=True)
+        return into
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class _Local:
             descriptor = Descriptor("", digest, path.stat().st_size if path.is_file() else 0)
         return descriptor, self.layout.read(descriptor)
 
-    def layer(self, descriptor: Descriptor, scratch: Path) -> Path:
+    def layer(self, descriptor: Descriptor, into: Path, on_bytes: OnBytes = lambda _: None) -> Path:
         path = self.layout.blob_path(descriptor)
         with path.open("rb") as f:
             if f"sha256:{hashlib.file_digest(f, 'sha256').hexdigest()}" != descriptor.digest:
@@ -135,9 +130,14 @@ class _Local:
 
 
 @contextlib.contextmanager
-def _open(
-    source: Reference | Path, credentials: Credentials | None, tag: str, sleep: Callable[[float], None]
-) -> Iterator[_Images]:
+def open_images(
+    source: Reference | Path,
+    credentials: Credentials | None = None,
+    *,
+    tag: str = "",
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Images]:
+    """The registry, or the OCI layout, that an image is read from."""
     if isinstance(source, Path):
         yield _Local(str(source), Layout.open(source), tag)
     else:
@@ -145,7 +145,13 @@ def _open(
             yield _Remote(str(source), client)
 
 
-def _choose(images: _Images) -> tuple[str, Manifest]:
+def digest_of(reference: Reference, credentials: Credentials | None = None) -> str:
+    """The digest that the reference's tag has in the registry now."""
+    with open_images(reference, credentials) as images:
+        return images.manifest()[0].digest
+
+
+def choose(images: Images) -> tuple[str, Manifest]:
     """The image itself; from a list of platforms the one for linux/amd64, else the first, for data has no platform."""
     digest = ""
     for _ in range(_MAX_DEPTH):
@@ -162,7 +168,7 @@ def _choose(images: _Images) -> tuple[str, Manifest]:
     raise Failure(f"{images.name} is a list of lists of lists", "push the image anew")
 
 
-def _unpack(images: _Images, manifest: Manifest, scratch: Path, max_bytes: int) -> dict[str, Path]:
+def _unpack(images: Images, manifest: Manifest, scratch: Path, max_bytes: int) -> dict[str, Path]:
     """The files by their path below ``/data``, with where their contents are."""
     size = sum(layer.size for layer in manifest.layers)
     if size > max_bytes:
@@ -170,14 +176,21 @@ def _unpack(images: _Images, manifest: Manifest, scratch: Path, max_bytes: int) 
             f"{images.name} has {size:,} bytes, {max_bytes:,} are allowed", "use a smaller image, or allow more bytes"
         )
     found = DataFiles(scratch, max_bytes)
-    for layer in manifest.layers:
-        where = f"{images.name}: the layer {layer.digest}"
-        if layer.media_type not in READABLE_LAYERS:
-            why = "is compressed with zstd" if "zstd" in layer.media_type else f"has the type {layer.media_type!r}"
-            raise UserError(
-                f"{where} {why}, which cannot be read", "push an image whose layers are tar or gzip-compressed tar"
-            )
-        found.add_layer(images.layer(layer, scratch), where)
+    for content in contents(manifest, images.name):
+        lay(images, content, found, scratch / "layer")
     if not found.files:
         raise UserError(f"{images.name} has no files under /{DATA}", f"put the files into /{DATA} of the image")
     return {name.removeprefix(f"{DATA}/"): path for name, path in found.files.items()}
+
+
+def lay(images: Images, content: Content, found: DataFiles, into: Path, on_bytes: OnBytes = lambda _: None) -> None:
+    """Fetch one layer, by way of the file ``into``, and lay it over those before it."""
+    where = f"{images.name}: the layer {content.layer.digest}"
+    path = images.layer(content.layer, into, on_bytes)
+    if content.kind != "file":
+        found.add_layer(path, where, DATA if content.kind == "archive" else "")
+        into.unlink(missing_ok=True)
+    else:
+        if path != into:
+            shutil.copyfile(path, into)
+        found.add_file(into, content.name, where)

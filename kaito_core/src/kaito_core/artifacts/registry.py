@@ -35,7 +35,10 @@ CHUNK_BYTES = 64 << 20
 READ_BYTES = 1 << 20
 
 OnBytes = Callable[[int], None]
-"""Called with how many bytes of a blob have been sent; a chunk that is sent again makes the number go back."""
+"""Called with how many bytes of a blob have been sent or received; a chunk that is sent again makes the number go back."""
+
+Pieces = Callable[[int, int], Iterator[bytes]]
+"""The bytes of a blob from one position to another (exclusive), in pieces; read anew for every try."""
 
 
 class RegistryClient:
@@ -113,41 +116,42 @@ class RegistryClient:
             )
         )
 
-    def upload(self, path: Path, descriptor: Descriptor, on_bytes: OnBytes = lambda _: None) -> bool:
-        """Make sure that the repository has the blob in ``path``; False if it had it and nothing was sent."""
+    def upload(self, blob: Path | Pieces, descriptor: Descriptor, on_bytes: OnBytes = lambda _: None) -> bool:
+        """Make sure that the repository has the blob (a file, or what gives its bytes); False if it had it and nothing was
+        sent."""
         if self.has_blob(descriptor.digest):
             return False
+        pieces = _file_pieces(blob) if isinstance(blob, Path) else blob
         if descriptor.size <= self.chunk_bytes:
-            self._http.retry(lambda: self._upload_whole(path, descriptor, on_bytes))
+            self._http.retry(lambda: self._upload_whole(pieces, descriptor, on_bytes))
         else:
-            _ChunkedUpload(self, path, descriptor, on_bytes).run()
+            _ChunkedUpload(self, pieces, descriptor, on_bytes).run()
         return True
 
-    def download(self, descriptor: Descriptor, into: Path) -> None:
-        """Write the blob to the file ``into``; not one byte more than its size, and only if its digest is right."""
+    def download(
+        self, descriptor: Descriptor, into: Path, on_bytes: OnBytes = lambda _: None, *, resume: bool = False
+    ) -> None:
+        """Write the blob to the file ``into``; not one byte more than its size, and only if its digest is right.
 
-        def receive(response: httpx.Response) -> None:
-            sha256, size = hashlib.sha256(), 0
-            with into.open("wb") as f:
-                for piece in response.iter_raw(READ_BYTES):
-                    size += len(piece)
-                    if size > descriptor.size:
-                        raise self._http.error(
-                            f"the registry sent more than the {descriptor.size} bytes of {descriptor.digest}"
-                        )
-                    sha256.update(piece)
-                    f.write(piece)
-            if f"sha256:{sha256.hexdigest()}" != descriptor.digest:
-                raise self._http.error(f"the registry sent other content than {descriptor.digest}")
-
+        A broken connection is followed by a request for the rest. With ``resume`` what is in ``into`` is taken for the blob's
+        beginning, and what came stays there when the registry cannot be reached any more; otherwise nothing stays."""
+        download = _Download(self._http, descriptor, into, on_bytes)
         try:
-            self._http.retry(
-                lambda: self._http.once(
-                    "GET", f"blobs/{descriptor.digest}", doing="pull a layer", ok=(200,), receive=receive
-                )
-            )
+            if resume and into.is_file():
+                download.take_up()
+            else:
+                into.write_bytes(b"")
+            while not download.done:
+                before = download.size
+                try:
+                    self._http.retry(download.run)
+                except RegistryError as e:
+                    # A line that breaks time and again still brings tens of gigabytes, as long as it brings something.
+                    if e.reason != "unreachable" or download.size < before + self.chunk_bytes:
+                        raise
         except BaseException:
-            into.unlink(missing_ok=True)
+            if download.wrong or not resume:
+                into.unlink(missing_ok=True)
             raise
 
     def check_push(self) -> None:
@@ -174,9 +178,9 @@ class RegistryClient:
             raise self._http.error("the registry did not say where to upload to")
         return str(self._http.url(str(response.url.join(location))))
 
-    def _upload_whole(self, path: Path, descriptor: Descriptor, on_bytes: OnBytes) -> None:
+    def _upload_whole(self, pieces: Pieces, descriptor: Descriptor, on_bytes: OnBytes) -> None:
         # A session that broke within its only request is in an unknown state: every try has its own.
-        self._finish(self._start(), descriptor, descriptor.size, _file_body(path, 0, descriptor.size, on_bytes))
+        self._finish(self._start(), descriptor, descriptor.size, _body(pieces, 0, descriptor.size, on_bytes))
 
     def _finish(self, location: str, descriptor: Descriptor, length: int, body: Body | None) -> None:
         told = self._http.once(
@@ -197,7 +201,7 @@ class _ChunkedUpload:
     """One blob on its way in chunks, and where it stands: ``offset`` bytes are with the registry."""
 
     client: RegistryClient
-    path: Path
+    pieces: Pieces
     descriptor: Descriptor
     on_bytes: OnBytes
     location: str = ""
@@ -232,7 +236,7 @@ class _ChunkedUpload:
                     "Content-Range": f"{before}-{end - 1}",
                     "Content-Length": str(end - before),
                 },
-                body=_file_body(self.path, before, end, self.on_bytes),
+                body=_body(self.pieces, before, end, self.on_bytes),
             )
         except RegistryError as e:
             if e.status != 416:  # 416: it has another number of bytes than we think
@@ -280,6 +284,74 @@ class _ChunkedUpload:
             self.client._finish(self.location, self.descriptor, 0, None)
 
 
+@dataclass
+class _Download:
+    """One blob on its way to a file: ``size`` bytes are there, and ``sha256`` has seen them."""
+
+    http: RegistryHttp
+    descriptor: Descriptor
+    into: Path
+    on_bytes: OnBytes
+    size: int = 0
+    wrong: bool = False
+    """What came is not what the digest says: nothing to go on with."""
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def take_up(self) -> None:
+        """Go on with the bytes that an earlier call left in the file."""
+        with self.into.open("rb") as f:
+            while piece := f.read(READ_BYTES):
+                self._sha256.update(piece)
+                self.size += len(piece)
+        if self.size > self.descriptor.size:
+            self._begin_again()
+
+    def run(self) -> None:
+        """One request for what is missing."""
+        if self.size < self.descriptor.size or not self.descriptor.size:
+            headers = {"Range": f"bytes={self.size}-"} if self.size else {}
+            address = f"blobs/{self.descriptor.digest}"
+            try:
+                self.http.once(
+                    "GET", address, doing="pull a layer", ok=(200, 206), receive=self._receive, headers=headers
+                )
+            except RegistryError as e:
+                if e.status != 416 or not self.size:
+                    raise
+                self._begin_again()
+                raise Again(e) from e
+        if f"sha256:{self._sha256.hexdigest()}" != self.descriptor.digest:
+            self.wrong = True
+            raise self.http.error(f"the registry sent other content than {self.descriptor.digest}")
+        self.done = True
+
+    def _receive(self, response: httpx.Response) -> None:
+        begins = f"bytes {self.size}-"
+        if response.status_code == 200 and self.size:  # it does not know ranges, and sends everything
+            self._begin_again()
+        elif response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(begins):
+            raise self.http.error(f"the registry sent another part of {self.descriptor.digest} than was asked for")
+        with self.into.open("r+b") as f:
+            f.seek(self.size)
+            for piece in response.iter_raw(READ_BYTES):
+                if self.size + len(piece) > self.descriptor.size:
+                    self.wrong = True
+                    raise self.http.error(
+                        f"the registry sent more than the {self.descriptor.size} bytes of {self.descriptor.digest}"
+                    )
+                f.write(piece)
+                self._sha256.update(piece)
+                self.size += len(piece)
+                self.on_bytes(self.size)
+
+    def _begin_again(self) -> None:
+        self.into.write_bytes(b"")
+        self._sha256, self.size = hashlib.sha256(), 0
+
+
 def check_push(
     reference: Reference, credentials: Credentials | None = None, *, sleep: Callable[[float], None] = time.sleep
 ) -> None:
@@ -300,10 +372,21 @@ def _header(name: str) -> Callable[[httpx.Response], str]:
     return receive
 
 
-def _file_body(path: Path, start: int, end: int, on_bytes: OnBytes) -> Body:
-    """Bytes ``start`` to ``end`` (exclusive) of a file, read anew for every try."""
+def _body(pieces: Pieces, start: int, end: int, on_bytes: OnBytes) -> Body:
+    """Bytes ``start`` to ``end`` (exclusive) of a blob as the body of a request, counted as they go."""
 
-    def pieces() -> Iterator[bytes]:
+    def body() -> Iterator[bytes]:
+        position = start
+        for piece in pieces(start, end):
+            position += len(piece)
+            yield piece
+            on_bytes(position)
+
+    return body
+
+
+def _file_pieces(path: Path) -> Pieces:
+    def pieces(start: int, end: int) -> Iterator[bytes]:
         with path.open("rb") as f:
             f.seek(start)
             position = start
@@ -313,6 +396,5 @@ def _file_body(path: Path, start: int, end: int, on_bytes: OnBytes) -> Body:
                     raise OSError(f"{path} became shorter while it was sent")
                 position += len(piece)
                 yield piece
-                on_bytes(position)
 
     return pieces

@@ -18,7 +18,8 @@ from kaito_core import __version__
 from kaito_core.problems import KaitoError
 
 COMMANDS = {
-    "run": "Plan a workspace and run it: fetch, check, train, verify, push.",
+    "run": "Plan a workspace and run it: tune a model, or serve one.",
+    "chat": "Talk to an endpoint, with and without its adapters.",
     "plan": "Show what a run would do, whether it fits, and on what.",
     "validate": "Check workspace files; print every problem with its line.",
     "catalog": "List the machines with GPUs and their prices; fetch newer prices.",
@@ -27,6 +28,7 @@ COMMANDS = {
     "logs": "Show what a run printed.",
     "delete": "Delete a Workspace and give its machines back, or remove a run of this machine.",
     "push": "Push a finished adapter, or finish a push that failed.",
+    "model": "Push a model's files as a container image; show what is in one.",
     "plugins": "List the plugins that were found, and what is wrong with broken ones.",
     "install": "Install or upgrade the controller in a cluster, without Helm.",
     "uninstall": "Remove the controller from a cluster; Workspaces stay unless you say otherwise.",

@@ -18,6 +18,8 @@ import click
 from kaito_core.problems import Failure, UserError
 
 if TYPE_CHECKING:
+    from kaito_core.controller.inference_sets import InferenceSetController
+    from kaito_core.controller.metrics import Metrics
     from kaito_core.kube.client import Client
     from kaito_core.kube.kinds import Kind
 
@@ -41,12 +43,29 @@ def _pod_env(pairs: tuple[str, ...]) -> dict[str, str]:
             raise ValueError
     except ValueError:
         raise UserError("KAITO_POD_ENV must be a JSON object of texts", 'write {"NAME": "value"}') from None
+    return {**env, **_pairs("--pod-env", pairs)}
+
+
+def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
+    found = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name:
-            raise UserError(f"--pod-env {pair!r} is not NAME=VALUE", "write --pod-env HF_ENDPOINT=https://…")
-        env[name] = value
-    return env
+            raise UserError(f"{option} {pair!r} is not NAME=VALUE", f"write {option} NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def _volume_source(text: str) -> dict[str, object]:
+    """A Kubernetes volume source, or nothing."""
+    try:
+        source = json.loads(text) if text else {}
+    except ValueError:
+        source = None
+    if not isinstance(source, dict) or len(source) > 1:
+        example = '{"persistentVolumeClaim": {"claimName": "models"}}'
+        raise UserError(f"--model-cache: {text!r} is not a volume source", f"write for example {example}")
+    return source
 
 
 @click.command(
@@ -62,6 +81,18 @@ def _pod_env(pairs: tuple[str, ...]) -> dict[str, str]:
               help="Give every tuning a volume of this class, so that checkpoints outlive its pod.")  # fmt: skip
 @click.option("--checkpoint-size", default="20Gi", show_default=True, envvar="KAITO_CHECKPOINT_SIZE",
               help="Size of that volume.")  # fmt: skip
+@click.option("--serve-after-tuning", default="onDemand", show_default=True, envvar="KAITO_SERVE_AFTER_TUNING",
+              type=click.Choice(["onDemand", "always", "never"]),
+              help="What becomes of a tuned model where its Workspace does not say.")  # fmt: skip
+@click.option("--runtime-image", "runtime_images", multiple=True, metavar="RUNTIME=IMAGE", envvar="KAITO_RUNTIME_IMAGE",
+              help="Image of the pods that serve with this runtime (transformers is in the one that tunes); may be repeated.")  # fmt: skip
+@click.option("--model-cache", default="", metavar="JSON", envvar="KAITO_MODEL_CACHE",
+              help="A Kubernetes volume source that keeps the files of models for all endpoints.")  # fmt: skip
+@click.option("--no-image-volumes", is_flag=True, envvar="KAITO_NO_IMAGE_VOLUMES",
+              help="Fetch adapters in an init container also where the cluster could mount their images.")  # fmt: skip
+@click.option("--pod-ip", default="", envvar="POD_IP",
+              help="Where the pods of the cluster reach this process, which then holds requests to endpoints that are "
+              "asleep; without it none falls asleep.")  # fmt: skip
 @click.option("--pod-env", multiple=True, metavar="NAME=VALUE", help="Environment of every pod; may be repeated.")
 @click.option("--workers", default=4, show_default=True, envvar="KAITO_WORKERS", type=click.IntRange(1, 64),
               help="Workspaces that are reconciled at the same time.")  # fmt: skip
@@ -84,6 +115,11 @@ def command(
     pull_secrets: tuple[str, ...],
     checkpoint_storage_class: str,
     checkpoint_size: str,
+    serve_after_tuning: str,
+    runtime_images: tuple[str, ...],
+    model_cache: str,
+    no_image_volumes: bool,
+    pod_ip: str,
     pod_env: tuple[str, ...],
     workers: int,
     no_leader_election: bool,
@@ -112,6 +148,10 @@ def command(
         checkpoint_storage_class=checkpoint_storage_class,
         checkpoint_size=checkpoint_size,
         pod_env=_pod_env(pod_env),
+        serve_after_tuning=serve_after_tuning,
+        runtime_images=_pairs("--runtime-image", runtime_images),
+        model_cache=_volume_source(model_cache),
+        image_volumes=not no_image_volumes,
     )
     at_metrics, at_health = address(metrics_address, "--metrics-address"), address(health_address, "--health-address")
     client = connect(context, kubeconfig, user_agent="controller")
@@ -123,22 +163,29 @@ def command(
     for problem in plugins.problems():
         log.warning("%s; %s", problem.message, problem.remedy)
     metrics = Metrics()
-    controller = WorkspaceController(client, plugins, settings, namespace=namespace, metrics=metrics)
+    controller = WorkspaceController(client, plugins, settings, namespace=namespace, metrics=metrics, pod_ip=pod_ip)
     metrics.count_workspaces(controller.count_by_state)
     # Before anything is asked of the API server: while it is away, the kubelet shall see that we wait, and not kill us.
+    watched = list(controller.reflectors)
     servers = [
         serve(at_metrics, {"/metrics": metrics_page(metrics)}),
-        serve(at_health, {"/healthz": healthz(controller.reflectors), "/readyz": readyz(controller.reflectors)}),
+        serve(at_health, {"/healthz": healthz(watched), "/readyz": readyz(watched)}),
     ]
     log.info("serving metrics on port %d and health on port %d", *(s.server_port for s in servers))
     lease = None if no_leader_election else (lease_namespace or client.namespace, lease_name)
     if not _wait_until_usable(client, [r.kind for r in controller.reflectors], namespace, lease, stop):
         return 0
+    sets = _inference_sets(client, namespace, metrics)
+    if sets is not None:
+        watched += sets.reflectors
+        sets.start_watching()
     controller.start_watching()
 
     def lead() -> None:
         metrics.leads(lease_name, True)
         controller.start_workers(workers)
+        if sets is not None:
+            sets.start_workers(workers)
 
     def lost() -> None:
         # Somebody else leads now; what is still going on here, were it only the draining, must not go on beside it.
@@ -155,6 +202,8 @@ def command(
         election.start()
     stop.wait()
     log.info("draining")
+    if sets is not None:
+        sets.stop(DRAIN)
     controller.stop(DRAIN)
     if election is not None:
         election.stop()
@@ -182,12 +231,35 @@ def _wait_until_usable(
             stop.wait(AWAY)
             continue
         if missing:
-            raise Failure(
-                f"these credentials may not: {'; '.join(missing)}",
-                "the chart and `kaito install` give the controller these rights; `kubectl auth can-i --list` shows what it has",
-            )
+            raise _powerless(missing)
         return True
     return False
+
+
+def _powerless(missing: Iterable[str]) -> Failure:
+    return Failure(
+        f"these credentials may not: {'; '.join(missing)}",
+        "the chart and `kaito install` give the controller these rights; `kubectl auth can-i --list` shows what it has",
+    )
+
+
+def _inference_sets(client: Client, namespace: str, metrics: Metrics) -> InferenceSetController | None:
+    """The controller of InferenceSets; None where the cluster does not know them. Failure when it may not do its work."""
+    from kaito_core.controller.inference_sets import InferenceSetController
+    from kaito_core.kube.kinds import INFERENCE_SETS, SERVICES, WORKSPACES
+
+    if not client.serves(INFERENCE_SETS):
+        log.warning(
+            "the cluster does not know InferenceSets: nobody looks after them; add their definition and start again"
+        )
+        return None
+    sets = InferenceSetController(client, namespace=namespace, metrics=metrics)
+    needed = [(verb, r.kind, namespace, "", "") for r in sets.reflectors for verb in ("list", "watch")]
+    needed += [(verb, WORKSPACES, namespace, "", "") for verb in ("create", "patch", "delete")]
+    needed += [("create", SERVICES, namespace, "", ""), ("patch", INFERENCE_SETS, namespace, "status", "")]
+    if missing := _not_allowed(client, needed):
+        raise _powerless(missing)
+    return sets
 
 
 def _missing_rights(
@@ -212,6 +284,11 @@ def _missing_rights(
             ("get", LEASES, where, "", name),
             ("update", LEASES, where, "", name),
         ]
+    return _not_allowed(client, needed)
+
+
+def _not_allowed(client: Client, needed: Iterable[tuple[str, Kind, str, str, str]]) -> list[str]:
+    """Which of these (verb, kind, namespace, subresource, name) are not permitted, in words."""
     return [
         f"{verb} {kind}{'/' * bool(part)}{part}{f' in {where}' if where else ''}"
         for verb, kind, where, part, name in needed

@@ -1,4 +1,4 @@
-"""``kaito crd``: the definition that teaches a Kubernetes cluster what a Workspace is."""
+"""``kaito crd``: the definitions that teach a Kubernetes cluster what a Workspace and an InferenceSet are."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import click
 
 @click.command("crd")
 def command() -> None:
-    """Print the CustomResourceDefinition of the Workspace.
+    """Print the CustomResourceDefinitions of the Workspace and the InferenceSet.
 
     For a cluster: kaito crd | kubectl apply -f -
     """
-    from kaito_core.api.crd import crd_yaml
+    from kaito_core.api.crd import crd, crd_yaml, inference_set_crd
 
-    click.echo(crd_yaml(), nl=False)
+    click.echo("---\n".join(crd_yaml(d) for d in (crd(), inference_set_crd())), nl=False)

@@ -77,7 +77,7 @@ def _tokenizer(preset: Preset, model_folder: Path | None) -> Path:
     source = preset.source
     if not source.hub:
         raise UserError(Problem(f"{source} of the preset {preset.name} has no tokenizer.json",
-                                "install it again, or use --model-folder", "--preset"))  # fmt: skip
+                                "put the model's files there, or use --model-folder", "--preset"))  # fmt: skip
     from kaito_core.data.hub import fetch_model
     from kaito_core.local.home import cache_folder
 

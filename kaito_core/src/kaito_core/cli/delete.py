@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 
 import click
 
@@ -49,7 +50,9 @@ def command(
 def _remove(folder: RunFolder, yes: bool) -> None:
     from kaito_core.cli.run import at_terminal
 
-    with folder.lock():  # says so when it is running
+    with ExitStack() as stack:
+        for each in folder.both:
+            stack.enter_context(each.lock())  # says so when it is running
         question = f"Remove {folder.path} with the logs, checkpoints and adapter in it?"
         if not yes:
             if not at_terminal():

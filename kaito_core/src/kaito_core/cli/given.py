@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import TYPE_CHECKING
 import click
 
 from kaito_core.data.addresses import private_addresses_allowed
-from kaito_core.local.home import model_folders
+from kaito_core.local.home import cache_folder, model_folders
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue
-from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, plan, requirements
+from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, TuningPlan, plan, requirements
 from kaito_core.plugins.guard import blamed_on
-from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements
+from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements, TuningFit
 from kaito_core.problems import KaitoError, Problem, UserError
 
 if TYPE_CHECKING:
     from kaito_core.api import Document, Documents, Secret, Workspace
     from kaito_core.kube.client import Client
+    from kaito_core.models.presets import WithModels
     from kaito_core.planning.choice import By
     from kaito_core.plugins.manager import PluginManager
 
@@ -58,6 +60,13 @@ class Given:
         if config_map and problem.field.startswith("training_config"):
             inner, _ = self.documents.document(config_map).embedded(CONFIG_KEY)
             return inner[0].locate(problem) if inner else problem
+        inference = self.workspace.inference
+        named = inference.config if inference else ""
+        served = self.documents.config_map(named, self.workspace.namespace) if named else None
+        if served and problem.field.startswith("inference_config."):
+            inner, _ = self.documents.document(served).embedded("inference_config.yaml")
+            inside = replace(problem, field=problem.field.removeprefix("inference_config."))
+            return inner[0].locate(inside) if inner else problem
         return self.document.locate(problem)
 
 
@@ -126,15 +135,41 @@ def plan_of(
     return planned
 
 
+def registry_of(given: Given, plugins: PluginManager, *, cluster: bool = False) -> WithModels:
+    """The plugins, and the models that the workspace names by ``org/name`` or folder: those are read, and remembered.
+
+    Raises `UserError` when one of them cannot be used, or is a folder and meant for a cluster; `Failure` when a hub does not
+    answer."""
+    from kaito_core.models.presets import Reader, WithModels, named_models, with_models
+
+    names = named_models(given.workspace)
+    if not names:
+        return WithModels(plugins)
+    read = Reader(None if cluster else given.base, cache_folder() / "models", _hub_token(given))
+    return with_models(plugins, names, read)
+
+
+def _hub_token(given: Given) -> str:
+    """The token of the Secret that the workspace names, if that is among the files; else ``$HF_TOKEN``."""
+    workspace = given.workspace
+    for task in (workspace.tuning, workspace.inference):
+        options = task.preset.preset_options if task and task.preset else None
+        secret = given.secrets.get(options.model_access_secret) if options else None
+        if secret and (token := secret.data.get("HF_TOKEN", b"").decode("utf-8", "replace").strip()):
+            return token
+    return os.environ.get("HF_TOKEN", "").strip()
+
+
 def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> Plan:
     workspace = anchored(given.workspace, given.base)
     offers = tuple(_offers(workspace, plugins, local=local))
+    known = registry_of(given, plugins)
     # How the data is cut depends on the machine that will do it, so that one is planned for first.
     catalog = Catalog(
-        registry=plugins,
+        registry=known,
         offers=tuple(o for o in offers if o.provisioner),
         config_maps=given.config_maps,
-        model_folders=model_folders(),
+        model_folders={**model_folders(), **known.folders},
         installed=frozenset(plugins.provisioners()),
     )
     facts = _facts(plan(workspace, catalog, by))
@@ -144,7 +179,7 @@ def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> 
 def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) -> Plan:
     """As the cluster's controller will plan it once the documents beside the workspace have been applied."""
     from kaito_core.controller.planner import Planner, _not_in_a_cluster, cluster_offers, cluster_provisioners
-    from kaito_core.controller.workspaces import ClusterView
+    from kaito_core.controller.view import ClusterView
     from kaito_core.kube.kinds import CONFIG_MAPS
 
     workspace = given.workspace
@@ -161,7 +196,8 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
     offered = cluster_offers(workspace, provisioners)
     for problem in offered.failed.values():
         click.echo(f"warning: {problem.message}", err=True)
-    planned = plan(workspace, Catalog(plugins, offered.offers, config_maps), by)
+    known = registry_of(given, plugins, cluster=True)
+    planned = plan(workspace, Catalog(known, offered.offers, config_maps), by)
     if planned.refusal and all(c.offer.retired for c in planned.candidates):
         why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
         return replace(planned, refusal=why)
@@ -207,6 +243,8 @@ def _facts(planned: Plan) -> DataFacts | None:
 
     The doctor's complaints are not planning's business: the check makes them, in full.
     """
+    if not isinstance(planned, TuningPlan):
+        return None
     tokenizer = tokenizer_folder(planned.preset, planned.model_folder)
     files = _local_files(planned)
     if tokenizer is None or not files:
@@ -214,7 +252,8 @@ def _facts(planned: Plan) -> DataFacts | None:
     try:
         from kaito_core.data.prepare import prepare
 
-        sequence = planned.chosen.fit.configuration.sequence if planned.chosen else None
+        fit = planned.chosen.fit if planned.chosen else None
+        sequence = fit.configuration.sequence if isinstance(fit, TuningFit) else None
         return prepare(files, planned.preset, tokenizer, planned.config, None, sequence=sequence).facts
     except (KaitoError, ImportError):
         return None
@@ -243,6 +282,8 @@ def tokenizer_folder(preset: Preset, model_folder: str) -> Path | None:
 
     if model_folder:
         folder = Path(model_folder)
+    elif preset.source.folder:
+        folder = Path(preset.source.folder)
     elif preset.source.package:
         folder = Path(str(importlib.resources.files(preset.source.package).joinpath(preset.source.path)))
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kaito_core import __version__
-from kaito_core.install import KINDS, MANAGED_BY, OURS, definition, kind_of, namespace, objects
+from kaito_core.install import KINDS, MANAGED_BY, OURS, definitions, kind_of, namespace, objects
 from kaito_core.kube.errors import ApiError
 from kaito_core.kube.kinds import CRDS, DEPLOYMENTS, NAMESPACES, PODS, Kind, Object
 from kaito_core.problems import Failure, UserError
@@ -38,7 +38,7 @@ def command(registry: str, tag: str, where: str, context: str, dry_run: bool, sh
     _readable(registry, tag)
     wanted = objects(where, registry, tag)
     if show:
-        _print([definition(), namespace(where), *wanted])
+        _print([*definitions(), namespace(where), *wanted])
         return
     from kaito_core.kube.client import connect
 
@@ -47,7 +47,8 @@ def command(registry: str, tag: str, where: str, context: str, dry_run: bool, sh
     _refuse_elsewhere(client, where)
     click.echo(f"{'would install' if dry_run else 'installing'} kaito {tag} in {where} of {client.host}")
     new = client.get(NAMESPACES, where) is None
-    _apply(client, definition(), dry_run)
+    for each in definitions():
+        _apply(client, each, dry_run)
     if not dry_run:
         _wait_served(client)
     if new:
@@ -143,17 +144,21 @@ def _prune(client: Client, wanted: list[Object], dry_run: bool) -> None:
 
 
 def _wait_served(client: Client) -> None:
-    """Until the API server serves Workspaces; the controller lists them as soon as it starts."""
-    name = definition()["metadata"]["name"]
+    """Until the API server serves what was defined; the controller lists it as soon as it starts."""
+    for name in (d["metadata"]["name"] for d in definitions()):
+        until(
+            lambda name=name: _established(client, name),  # type: ignore[misc]
+            30.0,
+            lambda name=name: Failure(  # type: ignore[misc]
+                f"the API server does not serve {name}", f"see: kubectl describe crd {name}"
+            ),
+        )
 
-    def established() -> bool:
-        found = client.get(CRDS, name) or {}
-        conditions = found.get("status", {}).get("conditions", ())
-        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
-    until(
-        established, 30.0, lambda: Failure(f"the API server does not serve {name}", f"see: kubectl describe crd {name}")
-    )
+def _established(client: Client, name: str) -> bool:
+    found = client.get(CRDS, name) or {}
+    conditions = found.get("status", {}).get("conditions", ())
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
 
 def _wait(client: Client, wanted: Object) -> None:

@@ -13,7 +13,7 @@ from kaito_core.local.state import RunFolder
 
 @click.command("logs", help="Show what a run printed, stage by stage.")
 @click.argument("name")
-@click.option("--stage", help="Only this stage: fetch, check, train, verify or push.")
+@click.option("--stage", help="Only this stage: fetch, check, train, verify, push or serve.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as long as the run does.")
 @where_options
 def command(
@@ -29,20 +29,24 @@ def command(
 
 
 def _here(folder: RunFolder, name: str, stage: str | None, follow: bool) -> None:
-    state = folder.read()
-    stages = [stage] if stage else (state.order if state else [])
-    if stage and state and stage not in state.order:
-        raise click.BadParameter(f"{stage!r} is not a stage of {name}: {', '.join(state.order)}", param_hint="--stage")
-    offsets = dict.fromkeys(stages, 0)
+    # What is tuned and what serves it are one Workspace, each with stages of its own.
+    logs = [(f, each) for f in folder.both if (state := f.read()) for each in state.order]
+    if stage:
+        there = list(dict.fromkeys(each for _, each in logs))
+        logs = [(f, each) for f, each in logs if each == stage]
+        if there and not logs:
+            raise click.BadParameter(f"{stage!r} is not a stage of {name}: {', '.join(there)}", param_hint="--stage")
+    paths = [f.log(each) for f, each in logs]
+    offsets = dict.fromkeys(paths, 0)
     while True:
-        alive = folder.is_running()  # looked at before reading, so that the last lines are not missed
-        for each in stages:
-            path = folder.log(each)
+        # Looked at before reading, so that the last lines are not missed.
+        alive = any(f.is_running() for f in folder.both)
+        for path in paths:
             if path.is_file():
                 with path.open("rb") as f:
-                    f.seek(offsets[each])
+                    f.seek(offsets[path])
                     text = f.read()
-                offsets[each] += len(text)
+                offsets[path] += len(text)
                 sys.stdout.write(text.decode("utf-8", errors="replace"))
         sys.stdout.flush()
         if not (follow and alive):

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kaito_core.cli.afterwards import afterwards
 from kaito_core.cli.given import plan_of, read
 from kaito_core.cli.show import show, show_sum, sum_of
 from kaito_core.cli.target import cluster_options, connected, target_of, way_out
-from kaito_core.planning.plan import Plan
+from kaito_core.planning.plan import Plan, TuningPlan
+from kaito_core.planning.serving import ServingPlan
 from kaito_core.problems import Problem, UserError
 
 if TYPE_CHECKING:
@@ -33,16 +35,25 @@ def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, 
         click.echo(f"target: {target}\n")
     plugins = load_plugins()
     plans: list[Plan] = []
+    served: dict[int, ServingPlan] = {}
+    """What comes after a tuning, by the number of its plan."""
     problems: list[Problem] = []
     with way_out():
         for given in given_ones:
             try:
-                plans.append(plan_of(given, plugins, local=local, cluster=cluster, by=by))
+                each = plan_of(given, plugins, local=local, cluster=cluster, by=by)
+                plans.append(each)
+                settings, never = given.workspace.inference, given.workspace.serving_policy() == "never"
+                if isinstance(each, TuningPlan) and settings is not None and not never:
+                    served[len(plans) - 1] = afterwards(given, each, plugins, here=cluster is None)
             except UserError as e:
                 problems.extend(e.problems)
     if as_json:
         report = {
-            "plans": [p.to_json() for p in plans],
+            "plans": [
+                p.to_json() | ({"serving": served[number].to_json()} if number in served else {})
+                for number, p in enumerate(plans)
+            ],
             "sum": sum_of(plans).to_json(),
             "problems": [p.to_json() for p in problems],
         }
@@ -52,8 +63,11 @@ def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, 
             if number:
                 click.echo()
             show(each)
+            if number in served:
+                click.echo("\nand then\n")
+                show(served[number])
         if len(plans) > 1:
             show_sum(plans)
     if problems and not as_json:
         raise UserError(problems)
-    return 2 if problems or any(p.refusal for p in plans) else 0
+    return 2 if problems or any(p.refusal for p in (*plans, *served.values())) else 0

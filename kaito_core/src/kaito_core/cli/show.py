@@ -11,8 +11,10 @@ import click
 
 from kaito_core.planning import catalogue
 from kaito_core.planning.choice import GIB, OVERHEAD, gib, is_free, money
-from kaito_core.planning.plan import Candidate, Plan
-from kaito_core.plugins.types import Offer
+from kaito_core.planning.placement import Candidate, Fit
+from kaito_core.planning.plan import Plan, TuningPlan
+from kaito_core.planning.serving import ServingPlan, machines
+from kaito_core.plugins.types import Offer, Preset, ServingConfiguration, ServingFit, TuningFit
 
 USABLE, REJECTED = 10, 5
 """Machines of a kind that are shown; the rest is counted."""
@@ -20,24 +22,16 @@ USABLE, REJECTED = 10, 5
 
 def show(plan: Plan) -> None:
     """Print the plan: what, with which data, how much memory, where, how long. Every computed figure is an estimate."""
-    tuning = plan.workspace.tuning
-    if tuning is None:
-        return
-    architecture = plan.preset.architecture
-    click.echo(click.style(plan.workspace.name, bold=True) + f": tune {plan.preset.name} with {plan.method}")
-    _row("model", f"{plan.preset.source}, {_count(architecture.parameters)} parameters, licence {plan.preset.licence}")
-    _row("data", _data(plan))
-    _row("output", tuning.output.image or f"volume {_volume(tuning.output.volume_source)}")
+    name = click.style(plan.workspace.name, bold=True)
     shown = plan.chosen or (plan.candidates[0] if plan.candidates else None)
-    if shown:
-        c = shown.fit.configuration
-        rows = f"{c.micro_batch} × {c.accumulation}" + (f" × {c.processes} GPUs" if c.processes > 1 else "")
-        _row(
-            "layout",
-            f"{rows} sequences of {c.sequence} tokens a step, {c.dtype} on {'GPU' if c.device == 'cuda' else 'CPU'}",
-        )
-        _row("work", _work(shown))
-        _memory(shown)
+    if isinstance(plan, TuningPlan):
+        click.echo(f"{name}: tune {plan.preset.name} with {plan.method}")
+        _tuning(plan, shown)
+    elif isinstance(plan, ServingPlan):
+        click.echo(f"{name}: serve {plan.preset.name} with {plan.runtime.name}")
+        _serving(plan, shown)
+    else:
+        click.echo(f"{name}: serve with a pod template of your own; what it needs is not known")
     _machines(plan)
     if plan.refusal:
         click.echo()
@@ -45,11 +39,68 @@ def show(plan: Plan) -> None:
         click.echo(f"    {plan.refusal.remedy}")
 
 
+def _tuning(plan: TuningPlan, shown: Candidate | None) -> None:
+    tuning = plan.workspace.tuning
+    if tuning is None:
+        return
+    _model(plan.preset)
+    _row("data", _data(plan))
+    _row("output", tuning.output.image or f"volume {_volume(tuning.output.volume_source)}")
+    if shown and isinstance(shown.fit, TuningFit):
+        c = shown.fit.configuration
+        rows = f"{c.micro_batch} × {c.accumulation}" + (f" × {c.processes} GPUs" if c.processes > 1 else "")
+        _row("layout", f"{rows} sequences of {c.sequence} tokens a step, {c.dtype} on {_device(c.device)}")
+        _row("work", _work(shown.fit))
+        _memory(shown.fit)
+
+
+def _serving(plan: ServingPlan, shown: Candidate | None) -> None:
+    _model(plan.preset)
+    _row("runtime", f"{plan.runtime.name}, {plan.why_runtime}")
+    for number, adapter in enumerate(plan.adapters):
+        where = adapter.image or f"volume {_volume(adapter.volume)}"
+        strength = f", strength {adapter.strength:g}" if adapter.strength != 1 else ""
+        _row("adapters" if number == 0 else "", f"{adapter.name} from {where}{strength}")
+    if shown and isinstance(shown.fit, ServingFit):
+        c = shown.fit.configuration
+        requests = f"{c.requests} request{'s' if c.requests != 1 else ''} at once of up to {c.context:,} tokens"
+        layout = ", ".join(_parallel(c, long=True))
+        _row("layout", f"{requests}, {c.dtype} on {_device(c.device)}" + (f", {layout}" if layout else ""))
+        if shown.fit.cache_tokens is not None:
+            _row("cache", f"room for {shown.fit.cache_tokens:,} tokens of all requests together (estimate)")
+        _memory(shown.fit)
+
+
+def _model(preset: Preset) -> None:
+    known = preset.architecture.parameters  # 0 where a preset's maker could not say
+    parameters = f"{_count(known)} parameters" if known else "unknown number of parameters"
+    _row("model", f"{preset.source}, {parameters}, licence {preset.licence}")
+    if preset.gated:
+        _row(
+            "gated",
+            "its hub gives it out on request: accept its terms there, then HF_TOKEN or presetOptions.modelAccessSecret",
+        )
+
+
+def _device(name: str) -> str:
+    return "GPU" if name == "cuda" else "CPU"
+
+
+def _parallel(layout: ServingConfiguration, *, long: bool = False) -> list[str]:
+    """How a model is divided, in the field's own letters where there is little room."""
+    parts = (
+        (layout.tensor, "TP", "GPUs share every layer"),
+        (layout.pipeline, "PP", "stages of layers follow one another"),
+        (layout.data, "DP", "copies"),
+    )
+    return [f"{number} {words}" if long else f"{letters} {number}" for number, letters, words in parts if number > 1]
+
+
 def _row(label: str, text: str) -> None:
     click.echo(f"  {label:8} {text}")
 
 
-def _data(plan: Plan) -> str:
+def _data(plan: TuningPlan) -> str:
     tuning = plan.workspace.tuning
     if tuning is None:
         return ""
@@ -73,23 +124,22 @@ def _volume(source: object) -> str:
     return ""
 
 
-def _work(candidate: Candidate) -> str:
-    fit = candidate.fit
+def _work(fit: TuningFit) -> str:
     if fit.steps is None or fit.tokens is None:
         return "steps and time are known once the data is"
     time = f", about {duration(fit.seconds)} (estimate)" if fit.seconds else ""
     return f"{fit.steps:,} steps, {fit.tokens:,} tokens{time}"
 
 
-def _memory(candidate: Candidate) -> None:
-    fit = candidate.fit
+def _memory(fit: Fit) -> None:
     where = "per GPU" if fit.configuration.device == "cuda" else "of RAM"
     click.echo(f"\n  memory {where} (estimate)")
+    width = max(12, *(len(item.name) for item in fit.memory.items))
     for item in fit.memory.items:
-        click.echo(f"    {item.name:12} {gib(item.bytes):>9}   {click.style(item.formula, dim=True)}")
+        click.echo(f"    {item.name:{width}} {gib(item.bytes):>9}   {click.style(item.formula, dim=True)}")
     colour = "green" if fit.fits else "red"
     click.echo(
-        f"    {'peak':12} {click.style(f'{gib(fit.memory.total):>9}', fg=colour)}   of {gib(fit.capacity)} usable"
+        f"    {'peak':{width}} {click.style(f'{gib(fit.memory.total):>9}', fg=colour)}   of {gib(fit.capacity)} usable"
     )
 
 
@@ -99,8 +149,10 @@ def _machines(plan: Plan) -> None:
     usable = [c for c in plan.candidates if not c.rejected]
     rejected = [c for c in plan.candidates if c.rejected]
     shown = [*usable[:USABLE], *rejected[:REJECTED]]
-    head = ("MACHINE", "HAS", "WHERE", "FIT", "CONFIGURATION", "TIME", "$/H", "$ JOB")
-    rows = [head, *(_cells(c, plan.workspace.resource.count) for c in shown)]
+    tuning = isinstance(plan, TuningPlan)
+    task = ("TIME", "$/H", "$ JOB") if tuning else ("RUNTIME", "$/H")
+    head = ("MACHINE", "HAS", "WHERE", "FIT", "CONFIGURATION", *task)
+    rows = [head, *(_cells(c, plan) for c in shown)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     click.echo()
     click.echo("    " + _line(head, widths))
@@ -117,6 +169,7 @@ def _machines(plan: Plan) -> None:
         _more(len(usable) - USABLE)
     _more(len(rejected) - REJECTED, "✘ ")
     best = "the earliest end first" if plan.by == "time" else "the cheapest job first"
+    best = best if tuning else "the cheapest hour first"
     paid = any(c.cost is not None and not is_free(c.offer) for c in shown)
     start = f"; $ JOB counts {duration(OVERHEAD)} beside the training" if paid else ""
     click.echo(f"  ~ is an estimate; {best}{start}")
@@ -129,9 +182,10 @@ def _machines(plan: Plan) -> None:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """The cells side by side, money to the right."""
-    texts, sums = cells[:-2], cells[-2:]
-    left = [f"{text:{width}}" for text, width in zip(texts, widths, strict=False)]
-    return "  ".join([*left, *(f"{text:>{width}}" for text, width in zip(sums, widths[-2:], strict=True))])
+    money_at = 6
+    left = [f"{text:{width}}" for text, width in zip(cells[:money_at], widths, strict=False)]
+    sums = zip(cells[money_at:], widths[money_at:], strict=True)
+    return "  ".join([*left, *(f"{text:>{width}}" for text, width in sums)])
 
 
 def _more(number: int, mark: str = "") -> None:
@@ -139,20 +193,23 @@ def _more(number: int, mark: str = "") -> None:
         click.echo(f"    {mark}… {number} more (--json has all)")
 
 
-def _cells(candidate: Candidate, count: int) -> tuple[str, ...]:
+def _cells(candidate: Candidate, plan: Plan) -> tuple[str, ...]:
     offer, fit = candidate.offer, candidate.fit
-    layout = fit.configuration
-    gpus = f" × {layout.processes} GPUs" if layout.processes > 1 else ""
-    return (
-        offer.instance_type,
-        has(offer),
-        _where(offer),
-        f"~{fit.memory.total / GIB:.1f} of {fit.capacity / GIB:.1f} GiB",
-        f"{layout.micro_batch}×{layout.accumulation}{gpus}, {layout.sequence} tokens, {layout.dtype}",
-        _time(fit.seconds),
-        _per_hour(offer, count),
-        "none" if is_free(offer) else _about(candidate.cost),
-    )
+    price = _per_hour(offer, plan.workspace.resource.count)
+    where = (offer.instance_type, has(offer), _where(offer))
+    memory = f"~{fit.memory.total / GIB:.1f} of {fit.capacity / GIB:.1f} GiB"
+    if isinstance(fit, TuningFit):
+        c = fit.configuration
+        gpus = f" × {c.processes} GPUs" if c.processes > 1 else ""
+        layout = f"{c.micro_batch}×{c.accumulation}{gpus}, {c.sequence} tokens, {c.dtype}"
+        cost = "none" if is_free(offer) else _about(candidate.cost)
+        return *where, memory, layout, _time(fit.seconds), price, cost
+    if not candidate.runtime:
+        return *where, "unknown", "", "", price
+    s, count = fit.configuration, machines(plan.workspace, offer)
+    several = [f"{count} machines"] if count > 1 else []
+    layout = ", ".join([f"{s.requests} at once, {s.context} tokens, {s.dtype}", *_parallel(s), *several])
+    return *where, memory, layout, candidate.runtime, price
 
 
 def _time(seconds: float | None) -> str:
@@ -202,6 +259,11 @@ class Sum:
     unknown_costs: int
     unknown_times: int
     without_machine: int
+    per_hour: float = 0.0
+    """US dollars that the endpoints cost for each hour in which they are served; what runs on machines that are there costs
+    nothing more."""
+    endpoints: int = 0
+    unknown_prices: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a sum is null while a part of it is not known."""
@@ -212,37 +274,65 @@ class Sum:
             "unknownCosts": self.unknown_costs,
             "unknownTimes": self.unknown_times,
             "withoutMachine": self.without_machine,
+            "endpoints": self.endpoints,
+            "perHour": None if self.unknown_prices else self.per_hour,
             "estimates": ["cost", "seconds"],
         }
 
 
 def sum_of(plans: Sequence[Plan]) -> Sum:
     """What the chosen machines of these plans cost together."""
-    chosen = [p.chosen for p in plans if p.chosen]
+    chosen = [p.chosen for p in plans if p.chosen and isinstance(p, TuningPlan)]
     costs = [0.0 if is_free(c.offer) else c.cost for c in chosen]
-    times = [c.fit.seconds for c in chosen]
+    times = [c.seconds for c in chosen]
+    serving = [(p.chosen.offer, p) for p in plans if p.chosen and not isinstance(p, TuningPlan)]
+    hours = [_hour(offer, p.workspace.resource.count) for offer, p in serving]
     return Sum(
         cost=sum(c for c in costs if c is not None),
         seconds=sum(t for t in times if t is not None),
         unknown_costs=costs.count(None),
         unknown_times=times.count(None),
-        without_machine=len(plans) - len(chosen),
+        without_machine=len(plans) - len(chosen) - len(serving),
+        per_hour=sum(h for h in hours if h is not None),
+        endpoints=len(serving),
+        unknown_prices=hours.count(None),
     )
+
+
+def _hour(offer: Offer, count: int) -> float | None:
+    if is_free(offer):
+        return 0.0
+    return offer.price.per_hour * count if offer.price else None
 
 
 def show_sum(plans: Sequence[Plan]) -> None:
     """Print what all of them cost together, and how long they take one after the other."""
     total = sum_of(plans)
-    free = all(is_free(p.chosen.offer) for p in plans if p.chosen)
+    served = _served(total)
+    left = f"; {total.without_machine} without a machine" if total.without_machine else ""
+    if not any(isinstance(p, TuningPlan) for p in plans):
+        click.echo()
+        click.echo(f"{len(plans)} workspaces: {served}{left} (estimate)")
+        return
+    free = all(is_free(p.chosen.offer) for p in plans if p.chosen and isinstance(p, TuningPlan))
     cost = "nothing more" if free else f"~{money(total.cost)}"
     if total.unknown_costs:
         cost = f"{cost} and {total.unknown_costs} of unknown cost" if total.cost else "unknown cost"
     time = f"~{duration(total.seconds)}" if total.seconds else "unknown"
     if total.seconds and total.unknown_times:
         time += f" and {total.unknown_times} of unknown time"
-    left = f"; {total.without_machine} without a machine" if total.without_machine else ""
+    also = f"; {served}" if served else ""
     click.echo()
-    click.echo(f"{len(plans)} workspaces: costs {cost}; training one after the other: {time}{left} (estimate)")
+    click.echo(f"{len(plans)} workspaces: costs {cost}; training one after the other: {time}{also}{left} (estimate)")
+
+
+def _served(total: Sum) -> str:
+    if not total.endpoints:
+        return ""
+    what = f"{total.endpoints} endpoint{'s' if total.endpoints > 1 else ''}"
+    if total.unknown_prices:
+        return f"{what}: {money(total.per_hour)} an hour and {total.unknown_prices} of unknown price"
+    return f"{what}: {money(total.per_hour)} an hour" if total.per_hour else f"{what}: nothing more"
 
 
 def duration(seconds: float | None) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kaito_core.cli.endpoint import how_to_call
 from kaito_core.cli.named import Remote, Where, ask_for, cluster, named, warn, where_options
 from kaito_core.local.run import summary
-from kaito_core.local.state import RunFolder, RunState, all_runs
+from kaito_core.local.state import RunFolder, RunState, Served, all_runs
 from kaito_core.problems import KaitoError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def command(name: str | None, local: bool, context: str, kubeconfig: str, namesp
     else:
         runs = [] if where.must_be_cluster else all_runs()
         client, workspaces = _workspaces(where)
-    states = [(f, s) for f in runs if (s := f.read()) is not None]
+    states = [(f, s) for run in runs for f in run.both if (s := f.read()) is not None]
     if as_json:
         _json(states, client, workspaces)
     elif name:
@@ -65,7 +67,15 @@ def _workspaces(where: Where) -> tuple[Client | None, list[Object]]:
 
 
 def _json(states: list[tuple[RunFolder, RunState]], client: Client | None, workspaces: list[Object]) -> None:
-    rows = [{**summary(s), "phase": _phase(f, s), "folder": str(f.path)} for f, s in states]
+    rows = [
+        {
+            **summary(s),
+            "phase": _phase(f, s),
+            "folder": str(f.path),
+            "served": asdict(e) if (e := _served(f, s)) else None,
+        }
+        for f, s in states
+    ]
     if client is not None:
         from kaito_core.cli.cluster import show
 
@@ -89,11 +99,12 @@ def _tables(
     if states:
         if client is not None:
             click.echo("runs on this machine")
-        width = max(len(f.path.name) for f, _ in states)
+        width = max(len(f.name) for f, _ in states)
         click.echo(f"{'NAME':{width}}  {'STATE':9}  {'STAGE':7}  PRESET")
         for folder, state in states:
             click.echo(
-                f"{folder.path.name:{width}}  {_phase(folder, state):9}  {_stage(state):7}  {state.preset} ({state.method})"
+                f"{folder.name:{width}}  {_phase(folder, state):9}  {_stage(state):7}  {state.preset} ({state.method})"
+                + (f"  {served.url}" if (served := _served(folder, state)) else "")
             )
     if client is not None and workspaces:
         from kaito_core.cli.cluster import show
@@ -113,7 +124,16 @@ def _tables(
 
 
 def _phase(folder: RunFolder, state: RunState) -> str:
-    return "Running" if folder.is_running() else state.phase
+    if not folder.is_running():
+        return state.phase
+    if state.task != "inference":
+        return "Running"
+    return "Serving" if state.served else "Starting"
+
+
+def _served(folder: RunFolder, state: RunState) -> Served | None:
+    """Where it answers now."""
+    return state.served if state.served is not None and folder.is_running() else None
 
 
 def _stage(state: RunState) -> str:
@@ -121,7 +141,12 @@ def _stage(state: RunState) -> str:
 
 
 def _run(folder: RunFolder, state: RunState) -> None:
-    click.echo(f"{state.name}: {_phase(folder, state)}, {state.method} of {state.preset}")
+    what = (
+        f"{state.preset} served with {state.method}"
+        if state.task == "inference"
+        else f"{state.method} of {state.preset}"
+    )
+    click.echo(f"{state.name}: {_phase(folder, state)}, {what}")
     for name in state.order:
         stage = state.stages.get(name)
         if stage is None:
@@ -131,6 +156,8 @@ def _run(folder: RunFolder, state: RunState) -> None:
         click.echo(f"  {name:7} {stage.status}, {took}{_detail(stage.result)}")
         if stage.message and stage.status != "done":
             click.echo(f"          {stage.message}")
+    if served := _served(folder, state):
+        click.echo(how_to_call(folder.name, served))
     click.echo(f"  folder  {folder.path}")
 
 

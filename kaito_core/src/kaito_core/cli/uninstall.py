@@ -9,8 +9,8 @@ import click
 
 from kaito_core.api import labels
 from kaito_core.cli.install import installed, is_ready, refuse_helm, until
-from kaito_core.install import OURS, definition
-from kaito_core.kube.kinds import CRDS, DEPLOYMENTS, LEASES, WORKSPACES, Object
+from kaito_core.install import OURS, definitions
+from kaito_core.kube.kinds import CRDS, DEPLOYMENTS, INFERENCE_SETS, LEASES, WORKSPACES, Kind, Object
 from kaito_core.problems import Failure, UserError
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ PATIENCE = 900.0
 @click.command("uninstall")
 @click.option("--keep-workspaces", is_flag=True, help="Leave Workspaces, their jobs and their machines as they are.")
 @click.option(
-    "--all", "everything", is_flag=True, help="Delete all Workspaces and the definition of Workspace as well."
+    "--all", "everything", is_flag=True, help="Delete all Workspaces, InferenceSets and their definitions as well."
 )
 @click.option("--context", default="", help="A context of your kubeconfig; the current one when left out.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def command(keep_workspaces: bool, everything: bool, context: str, yes: bool) -> None:
     """Remove from a cluster what kaito install made.
 
-    The definition of Workspace stays, and so do the Workspaces; --all deletes them too, and waits until their machines
+    The definitions of Workspace and InferenceSet stay, and so do all of these; --all deletes them too, and waits until their machines
     have been given back.
     """
     if keep_workspaces and everything:
@@ -57,16 +57,19 @@ def command(keep_workspaces: bool, everything: bool, context: str, yes: bool) ->
             client.delete(LEASES, obj["metadata"]["name"], obj["metadata"]["namespace"])
         click.echo(f"  removed  {kind}/{obj['metadata']['name']}")
     if everything:
-        client.delete(CRDS, definition()["metadata"]["name"])
-        click.echo(f"  removed  {CRDS}/{definition()['metadata']['name']}")
+        for name in (d["metadata"]["name"] for d in definitions()):
+            client.delete(CRDS, name)
+            click.echo(f"  removed  {CRDS}/{name}")
     click.echo("its namespace stays, as other things may be in it" if made else "no controller was installed here")
 
 
 def _workspaces(client: Client) -> list[Object]:
     """All of them; none where the definition is not even there."""
-    if client.get(CRDS, definition()["metadata"]["name"]) is None:
-        return []
-    return client.list(WORKSPACES)[0]
+    return _all(client, WORKSPACES)
+
+
+def _all(client: Client, kind: Kind) -> list[Object]:
+    return client.list(kind)[0] if client.get(CRDS, str(kind)) is not None else []
 
 
 def _ask(client: Client, doomed: list[Object], yes: bool) -> None:
@@ -86,6 +89,8 @@ def _delete_workspaces(client: Client, found: list[Object], held: bool) -> None:
             "run kaito install first, so that it can; or give them back by hand and remove the finalizer "
             f"{labels.FINALIZER} from each Workspace",
         )
+    for each in _all(client, INFERENCE_SETS):  # first: they would make their Workspaces anew
+        client.delete(INFERENCE_SETS, each["metadata"]["name"], each["metadata"]["namespace"])
     for each in found:
         client.delete(WORKSPACES, each["metadata"]["name"], each["metadata"]["namespace"])
     if found:

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kaito_core.problems import Problem, UserError, errors
+from kaito_core.problems import Failure, Problem, UserError, errors
 
 if TYPE_CHECKING:
     from kaito_core.api import Documents, Workspace
 
 
 def extra_checks(documents: Documents) -> Iterable[Problem]:
-    """What stands above the resources themselves: the preset, the method, the training configuration.
+    """What stands above the resources themselves: the preset, the method or the runtime, its configuration.
 
     Each asks the planner, without any machine: what it cannot plan is a problem, with its place in the file."""
     from kaito_core.api import Workspace
-    from kaito_core.cli.given import Given
+    from kaito_core.cli.given import Given, registry_of
     from kaito_core.planning.plan import Catalog, plan
+    from kaito_core.planning.serving import serving_after
     from kaito_core.plugins.manager import load_plugins
 
     plugins = load_plugins()
     for document in documents.documents:
-        if isinstance(document.resource, Workspace) and document.resource.tuning:
+        if isinstance(document.resource, Workspace) and (document.resource.tuning or document.resource.inference):
             given = Given(document.resource, document, documents)
             try:
-                plan(given.workspace, Catalog(plugins, (), given.config_maps))
+                known = registry_of(given, plugins)
+                catalog = Catalog(known, (), given.config_maps, model_folders=known.folders)
+                plan(given.workspace, catalog)
+                if given.workspace.tuning and given.workspace.inference:
+                    serving_after(given.workspace, catalog)
             except UserError as e:
                 yield from (given.locate(p) for p in e.problems)
+            except Failure as e:  # a hub does not answer: that says nothing of the file
+                yield from (replace(given.locate(p), severity="warning") for p in e.problems)
 
 
 @click.command("validate")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kaito_core.api import labels
-from kaito_core.controller.reconcile.decision import Decision, Ensure, Observe, Release
+from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
 from kaito_core.kube.errors import AlreadyExists
 from kaito_core.kube.kinds import WORKSPACES, Kind, Object
 from kaito_core.plugins.types import NodeProvisioner, NodeStatus, ProvisioningError, Transient
@@ -24,23 +25,35 @@ log = logging.getLogger("kaito_core.controller")
 class Actor:
     """Writes to one cluster."""
 
-    def __init__(self, client: Client, seen: Seen, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        client: Client,
+        seen: Seen,
+        recorder: Recorder,
+        tell: Callable[[tuple[str, str], Endpoint | None], None] = lambda key, endpoint: None,
+    ) -> None:
         self._client = client
         self._seen = seen
         self._recorder = recorder
+        self._tell = tell
 
     def act(self, workspace: Object, decision: Decision) -> Object:
         """Do it, in the order of the fields; the Workspace as it is afterwards. Raises `ApiError`."""
         name, namespace = workspace["metadata"]["name"], workspace["metadata"]["namespace"]
         if decision.finalizer is True:
-            workspace = self._finalizers(workspace, [*workspace["metadata"].get("finalizers", ()), labels.FINALIZER])
+            kept = workspace["metadata"].get("finalizers", ())
+            workspace = self._finalizers(workspace, [*kept, labels.FINALIZER], decision.annotations)
         for kind, obj in decision.create:
             self._create(kind, obj, workspace)
+        for kind, obj in decision.apply:
+            self._seen.wrote(kind, self._client.apply(kind, dict(obj)))
+            log.info("applied %s %s", kind, obj["metadata"]["name"])
         for deletion in decision.delete:
             how = "Foreground" if deletion.foreground else "Background"
             self._client.delete(deletion.kind, deletion.name, namespace, propagation=how, uid=deletion.uid)
             log.info("deleted %s %s", deletion.kind, deletion.name)
         workspace = self._status(workspace, decision)
+        self._tell((namespace, name), decision.endpoint)
         for note in decision.notes:
             self._recorder.event(workspace, note.type, note.reason, note.message)
             log.info("%s: %s", note.reason, note.message, extra={"workspace": name, "namespace": namespace})
@@ -49,10 +62,15 @@ class Actor:
             workspace = self._finalizers(workspace, kept)
         return workspace
 
-    def _finalizers(self, workspace: Object, finalizers: list[str]) -> Object:
+    def _finalizers(
+        self, workspace: Object, finalizers: list[str], annotations: Mapping[str, str] | None = None
+    ) -> Object:
         metadata = workspace["metadata"]
         # The list is replaced as a whole: the version makes sure that nobody else's finalizer is lost.
-        patch = {"metadata": {"finalizers": finalizers, "resourceVersion": metadata["resourceVersion"]}}
+        written: dict[str, Any] = {"finalizers": finalizers, "resourceVersion": metadata["resourceVersion"]}
+        if annotations:
+            written["annotations"] = dict(annotations)
+        patch = {"metadata": written}
         return self._wrote(self._client.patch(WORKSPACES, metadata["name"], metadata["namespace"], patch))
 
     def _status(self, workspace: Object, decision: Decision) -> Object:

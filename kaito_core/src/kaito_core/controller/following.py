@@ -1,4 +1,4 @@
-"""How far the trainings are, from their pods' logs: the one thing of a job that the API server does not tell by itself.
+"""How far the trainings are and how busy the endpoints, from their pods' logs: the one thing of a job that the API server does not tell by itself.
 
 Only pods whose main container runs are looked at, every few seconds, a few lines each; at rest nothing is asked."""
 
@@ -99,6 +99,8 @@ def last(lines: list[str], before: PodProgress | None) -> PodProgress | None:
             fields = {k: v for k, v in fields.items() if k != "secondsLeft"}
         if event["event"] == "step":
             fields.update({ours: event[theirs] for theirs, ours in FIELDS.items() if event.get(theirs) is not None})
+        elif event["event"] == "serving":
+            fields.update(inFlight=event.get("in_flight"), lastRequest=event.get("last_request"))
         elif event["event"] == "eval" and event.get("loss") is not None:
             fields["evalLoss"] = event["loss"]
         fields["stage"] = event["stage"]

@@ -4,21 +4,29 @@ The same function that ``kaito plan`` calls; here its catalog is what the cluste
 
 from __future__ import annotations
 
+import base64
 import logging
+import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kaito_core.api import Workspace, read_workspace
+from kaito_core.api import InferenceSpec, TuningSpec, Workspace, labels, read_workspace
 from kaito_core.controller.reconcile.observed import Planned, Refusal
 from kaito_core.kube.errors import Forbidden, Unreachable
 from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, Object
+from kaito_core.models.presets import Reader, named_models, with_models
 from kaito_core.planning import catalogue
-from kaito_core.planning.plan import BUILT_IN_CONFIGS, Catalog, Plan, plan, requirements
+from kaito_core.planning.plan import BUILT_IN_CONFIGS, CONFIG_KEY, Catalog, Plan, Registry, plan, requirements
+from kaito_core.planning.serving import BUILT_IN_CONFIGS as BUILT_IN_SERVING
+from kaito_core.planning.serving import CONFIG_KEY as SERVING_KEY
+from kaito_core.planning.serving import ServingPlan, TemplatePlan, serving_after
 from kaito_core.plugins.guard import blamed_on
-from kaito_core.plugins.types import NodeProvisioner, Offer, ProvisioningError
-from kaito_core.problems import KaitoError, Problem
+from kaito_core.plugins.types import InferenceRuntime, NodeProvisioner, Offer, Preset, ProvisioningError, Tuner
+from kaito_core.problems import KaitoError, Problem, UserError
+from kaito_core.workloads.job import Secrets
 
 if TYPE_CHECKING:
     from kaito_core.kube.client import Client
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 """The provisioner that is this machine: no part of a cluster."""
+
+HUB_CACHE = Path(tempfile.gettempdir()) / "kaito-models"
+"""What was read of a hub: small files, by commit."""
 
 KEPT = 64
 """Plans that are remembered: as many Workspaces as may wait for machines at once. A plan is made in milliseconds."""
@@ -81,36 +92,64 @@ def _unobtainable(name: str) -> Offer:
     return replace(known, retired=f"no node of the cluster is one, and no installed provisioner gets one{how}{retired}")
 
 
+@dataclass(frozen=True)
+class WithImages:
+    """A registry whose runtimes are those that a pod can run."""
+
+    registry: Registry
+    images: Collection[str]
+
+    def preset(self, name: str) -> Preset:
+        return self.registry.preset(name)
+
+    def tuner(self, method: str) -> Tuner:
+        return self.registry.tuner(method)
+
+    def runtimes(self) -> Mapping[str, InferenceRuntime]:
+        return {n: r for n, r in self.registry.runtimes().items() if n in self.images}
+
+
 class Planner:
     """Plans Workspaces of one cluster, and remembers the plans of those that wait."""
 
-    def __init__(self, client: Client, plugins: PluginManager, provisioners: Mapping[str, NodeProvisioner]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        plugins: PluginManager,
+        provisioners: Mapping[str, NodeProvisioner],
+        images: Collection[str] | None = None,
+    ) -> None:
+        """``images`` are the runtimes that there is an image for; None: all of them."""
         self._client = client
         self._plugins = plugins
+        self._registry: Registry = plugins if images is None else WithImages(plugins, images)
         self._provisioners = provisioners
         self._known: OrderedDict[Any, Planned] = OrderedDict()
         self._not_allowed: set[str] = set()
 
-    def __call__(self, obj: Object) -> Planned:
-        """The plan of this object, or why there is none. Reads the ConfigMap that it names, and looks for its Secrets."""
+    def __call__(self, obj: Object, *, serving: bool = False) -> Planned:
+        """The plan of this object, or why there is none: of its tuning, or with ``serving`` of its endpoint. Reads the ConfigMap that
+        it names, and looks for its Secrets."""
         workspace, problems = read_workspace(obj)
         problems = [p for p in problems if p.severity == "error"] + _not_in_a_cluster(workspace)
         if workspace is None or problems:
             return _refused("InvalidWorkspace", problems)
         config_maps, version = {}, ""
-        named = workspace.tuning.config if workspace.tuning else ""
+        part: TuningSpec | InferenceSpec | None = workspace.inference if serving else workspace.tuning
+        named = part.config if part else ""
         if named:
             found = self._client.get(CONFIG_MAPS, named, workspace.namespace)
-            if found is None and named not in BUILT_IN_CONFIGS:
-                return _refused("ConfigMapMissing", [_no_config_map(named, workspace.namespace)])
+            if found is None and named not in (*BUILT_IN_CONFIGS, *BUILT_IN_SERVING):
+                return _refused("ConfigMapMissing", [_no_config_map(named, workspace.namespace, serving=serving)])
             if found is not None:
                 config_maps, version = {named: found.get("data") or {}}, found["metadata"]["resourceVersion"]
         offered = cluster_offers(workspace, self._provisioners)
-        key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), version, offered.offers)
+        annotations = tuple(sorted((obj["metadata"].get("annotations") or {}).items()))
+        key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), annotations, serving, version, offered.offers)
         planned = self._known.get(key)
         if planned is None:
-            catalog = Catalog(registry=self._plugins, offers=offered.offers, config_maps=config_maps)
-            planned = self._plan(workspace, catalog)
+            catalog = Catalog(registry=self._registry, offers=offered.offers, config_maps=config_maps)
+            planned = self._plan(workspace, catalog, serving=serving)
             self._known[key] = planned
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
@@ -126,12 +165,17 @@ class Planner:
             return _refused("NoNode", (*offered.failed.values(), *planned.problems))
         return replace(planned, failed=frozenset(offered.failed))
 
-    def _plan(self, workspace: Workspace, catalog: Catalog) -> Planned:
+    def _plan(self, workspace: Workspace, catalog: Catalog, *, serving: bool) -> Planned:
         try:
-            made = plan(workspace, catalog)
+            if names := named_models(workspace):
+                registry = with_models(self._registry, names, Reader(None, HUB_CACHE, self._hub_token(workspace)))
+                catalog = replace(catalog, registry=registry)
+            made = serving_after(workspace, catalog) if serving and workspace.tuning else plan(workspace, catalog)
             rules = [p for p in self._plugins.validate(workspace, made) if p.severity == "error"]
-        except KaitoError as e:
+        except UserError as e:
             return _refused("PlanRefused", e.problems)
+        except KaitoError as e:  # a hub that does not answer may in a moment
+            return _refused("NoNode" if named_models(workspace) else "PlanRefused", e.problems)
         if rules:
             return _refused("PolicyRefused", rules)
         if made.refusal is None:
@@ -159,22 +203,41 @@ class Planner:
             message, refusal.remedy if made.candidates else "add such a node, or label one that is there", "resource"
         )
 
+    def _hub_token(self, workspace: Workspace) -> str:
+        """The token for a gated model, where the controller may look at the Secret; its shape is asked for without one else."""
+        presets = [p.preset for p in (workspace.tuning, workspace.inference) if p is not None and p.preset is not None]
+        names = [p.preset_options.model_access_secret for p in presets if p.preset_options]
+        try:
+            found = [self._client.get(SECRETS, n, workspace.namespace) for n in names if n]
+        except Forbidden:
+            return ""
+        texts = [((f or {}).get("data") or {}).get("HF_TOKEN", "") for f in found]
+        try:
+            return next((base64.b64decode(t).decode().strip() for t in texts if t), "")
+        except ValueError:
+            return ""
+
     def _missing_secrets(self, made: Plan) -> list[Problem]:
         """Secrets that are certainly not there. Where the controller may not look, the stage ``check`` will say it."""
         namespace = made.workspace.namespace
-        secrets = made.job.secrets
+        secrets = Secrets() if isinstance(made, TemplatePlan) else made.job.secrets
+        key = (
+            made.workspace.metadata.annotations.get(labels.API_KEY_SECRET, "") if isinstance(made, ServingPlan) else ""
+        )
         missing = []
-        for name in (*secrets.registry, secrets.hub):
+        for name in (*secrets.registry, secrets.hub, key):
             if not name or namespace in self._not_allowed:
                 continue
             try:
                 if self._client.get(SECRETS, name, namespace) is None:
+                    kind, field = "docker-registry", "tuning.output.imagePushSecret"
+                    if name == secrets.hub:
+                        kind, field = "generic", "tuning.preset.presetOptions"
+                    elif name == key:
+                        kind, field = "generic", f"metadata.annotations[{labels.API_KEY_SECRET}]"
+                    message = f"the Secret {name!r} is not in the namespace {namespace!r}"
                     missing.append(
-                        Problem(
-                            f"the Secret {name!r} is not in the namespace {namespace!r}",
-                            f"make it: kubectl create secret docker-registry {name} -n {namespace} …",
-                            "tuning.output.imagePushSecret" if name != secrets.hub else "tuning.preset.presetOptions",
-                        )
+                        Problem(message, f"make it: kubectl create secret {kind} {name} -n {namespace} …", field)
                     )
             except Forbidden:
                 # Asked for per namespace in the chart; without it, not asked again.
@@ -187,12 +250,10 @@ def _refused(refusal: Refusal, problems: Iterable[Problem]) -> Planned:
     return Planned(None, refusal, tuple(problems))
 
 
-def _no_config_map(name: str, namespace: str) -> Problem:
-    return Problem(
-        f"the ConfigMap {name!r} is not in the namespace {namespace!r}",
-        "apply it; its data needs `training_config.yaml: |`",
-        "tuning.config",
-    )
+def _no_config_map(name: str, namespace: str, *, serving: bool) -> Problem:
+    key, field = (SERVING_KEY, "inference.config") if serving else (CONFIG_KEY, "tuning.config")
+    message = f"the ConfigMap {name!r} is not in the namespace {namespace!r}"
+    return Problem(message, f"apply it; its data needs `{key}: |`", field)
 
 
 def _not_in_a_cluster(workspace: Workspace | None) -> list[Problem]:

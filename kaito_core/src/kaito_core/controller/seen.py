@@ -6,7 +6,7 @@ was written is remembered until the cache has caught up with it."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kaito_core.kube.kinds import Kind, Object
 from kaito_core.kube.reflector import Reflector
@@ -45,6 +45,23 @@ class Seen:
                     del self._written[key]
             return cached
         return written
+
+    def list(self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None) -> Sequence[Object]:
+        """The objects of a namespace (of all when empty) with these labels, as they are known now."""
+        found = {_place(o): o for o in self._reflectors[kind].list(namespace, labels)}
+        with self._lock:
+            written = [k[1:] for k in self._written if k[0] == kind and namespace in ("", k[1])]
+        for place in written:
+            found.pop(place, None)
+            obj = self.get(kind, place[1], place[0])
+            has = (obj or {}).get("metadata", {}).get("labels") or {}
+            if obj is not None and all(has.get(k) == v for k, v in (labels or {}).items()):
+                found[place] = obj
+        return list(found.values())
+
+
+def _place(obj: Object) -> tuple[str, str]:
+    return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
 
 
 def _version(obj: Object) -> int:

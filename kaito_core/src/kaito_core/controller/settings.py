@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,12 @@ class Settings:
     """Size of that claim, as a Kubernetes quantity."""
     pod_env: Mapping[str, str] = field(default_factory=dict)
     """Environment of every pod: proxies, ``HF_ENDPOINT``, ``KAITO_INSECURE_REGISTRIES``."""
+    serve_after_tuning: str = "onDemand"
+    """What becomes of a tuned model where its Workspace does not say: ``onDemand``, ``always`` or ``never``."""
+    runtime_images: Mapping[str, str] = field(default_factory=dict)
+    """The image of the pods that serve, by runtime. ``transformers`` is in `tuner_image`; another runtime is not used without one."""
+    model_cache: Mapping[str, Any] = field(default_factory=dict)
+    """A Kubernetes volume source that keeps the files of models, by content, for all endpoints; empty: each pod fetches its own."""
+    image_volumes: bool = True
+    """Mount the images of adapters where the cluster can (Kubernetes 1.35 and containerd 2.1 or CRI-O 1.31 on every node); else, and
+    without it, an init container fetches them."""

@@ -8,10 +8,12 @@ caches ──> observe ──> decide ──> act ──┐
 from __future__ import annotations
 
 import logging
+import math
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +22,35 @@ from kaito_core.controller.act import Actor, ask
 from kaito_core.controller.following import Following
 from kaito_core.controller.loop import Controller, Result
 from kaito_core.controller.planner import Planner, cluster_provisioners
-from kaito_core.controller.reconcile.case import Case
-from kaito_core.controller.reconcile.decide import decide, needs_plan
+from kaito_core.controller.reconcile.case import Case, seconds_or_never
+from kaito_core.controller.reconcile.decide import decide, needs_plan, serves
+from kaito_core.controller.reconcile.decision import Endpoint
 from kaito_core.controller.reconcile.diagnosis import latest
 from kaito_core.controller.reconcile.observed import Installed, Observed, World
 from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.controller.seen import Seen
 from kaito_core.controller.settings import Settings
 from kaito_core.controller.sweep import Sweep
+from kaito_core.controller.view import ClusterView, watching
 from kaito_core.kube.errors import ApiError, Conflict
 from kaito_core.kube.events import Recorder
-from kaito_core.kube.kinds import JOBS, NODES, PODS, REVISIONS, WORKSPACES, Kind, Object
+from kaito_core.kube.kinds import (
+    ENDPOINT_SLICES,
+    JOBS,
+    NODES,
+    PODS,
+    REVISIONS,
+    SERVICES,
+    STATEFUL_SETS,
+    WORKSPACES,
+    Object,
+)
 from kaito_core.kube.reflector import Reflector
 from kaito_core.kube.workqueue import WorkQueue
 from kaito_core.plugins.types import Held
 from kaito_core.problems import Failure
+from kaito_core.serving.activator import Activator
+from kaito_core.workloads.endpoint import headless_name, mounts_images, slice_name
 
 if TYPE_CHECKING:
     from kaito_core.controller.metrics import Metrics
@@ -44,37 +60,16 @@ if TYPE_CHECKING:
 ROUNDS = 20
 """Decisions in one reconcile: each follows from what the one before it did. More would be a loop, and a bug."""
 
+ACTIVATOR_PORTS = range(20000, 30000)
+"""One for each endpoint; the chart's network policy lets them in."""
+
+WAKEFUL = 60.0
+"""Seconds for which a request counts that came to an endpoint while it was asleep."""
+
 SOON = 0.1
 """Seconds until a reconcile is tried again that met a newer version of the object; its watch event is on the way."""
 
 log = logging.getLogger("kaito_core.controller")
-
-
-class ClusterView:
-    """The cluster as node provisioners see it: what the controller watches comes from its cache."""
-
-    def __init__(self, client: Client, reflectors: Mapping[Kind, Reflector]) -> None:
-        self._client = client
-        self._reflectors = reflectors
-
-    def get(self, kind: Kind, name: str, namespace: str = "") -> Mapping[str, Any] | None:
-        cached = self._reflectors.get(kind)
-        return cached.get(name, namespace) if cached else self._client.get(kind, name, namespace)
-
-    def list(
-        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None
-    ) -> Iterable[Mapping[str, Any]]:
-        cached = self._reflectors.get(kind)
-        if cached:
-            return cached.list(namespace, labels or {})
-        selector = ",".join(f"{k}={v}" for k, v in (labels or {}).items())
-        return self._client.list(kind, namespace, labels=selector)[0]
-
-    def apply(self, kind: Kind, obj: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self._client.apply(kind, dict(obj))
-
-    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
-        self._client.delete(kind, name, namespace)
 
 
 class WorkspaceController:
@@ -90,6 +85,7 @@ class WorkspaceController:
         names: Iterable[str] = (),
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.time,
+        pod_ip: str = "",
     ) -> None:
         self._client = client
         self._names = frozenset(names)
@@ -98,21 +94,35 @@ class WorkspaceController:
         self._installed = {n: Installed(p.holds, p.patience) for n, p in self._provisioners.items()}
         self._world = World(settings, lambda workspace, plan: plugins.workload(workspace, plan.workload))
         self.queue = WorkQueue("workspace", metrics=metrics)
-        ours = {"namespace": namespace, "labels": labels.WORKSPACE}
+        ours: dict[str, Any] = {"namespace": namespace, "labels": labels.WORKSPACE}
         self._workspaces = Reflector(client, WORKSPACES, namespace, on_change=self._workspace_changed)
         self._jobs = Reflector(client, JOBS, **ours, transform=_small_job, on_change=self._child_changed)
         self._pods = Reflector(client, PODS, **ours, transform=_small_pod, on_change=self._child_changed)
         name = labels.REVISION_NAME
         self._revisions = Reflector(client, REVISIONS, namespace, name, transform=_small_revision, index=name)
-        self._nodes = Reflector(client, NODES, transform=_small_node, on_change=self._node_changed)
-        self.reflectors = [self._nodes, self._revisions, self._jobs, self._pods, self._workspaces]
+        self._nodes = Reflector(
+            client, NODES, transform=_small_node, on_change=self._node_changed, index=labels.REQUEST
+        )
+        endpoints = [
+            Reflector(client, k, **ours, transform=_small_job, on_change=self._child_changed)
+            for k in (STATEFUL_SETS, SERVICES, ENDPOINT_SLICES)
+        ]
+        self.reflectors = [self._nodes, self._revisions, self._jobs, *endpoints, self._pods, self._workspaces]
         by_kind = {r.kind: r for r in self.reflectors}
-        self._seen = Seen({k: by_kind[k] for k in (WORKSPACES, JOBS)})
+        self._seen = Seen({k: r for k, r in by_kind.items() if k not in (NODES, PODS)})
+        self._pod_ip = pod_ip
+        self._image_volumes = settings.image_volumes
+        self._version: tuple[int, int] | None = None
+        self._activator = Activator("", self._woken, ports=ACTIVATOR_PORTS) if pod_ip else None
+        self._wakes: dict[tuple[str, str], float] = {}
+        self._optional: list[Reflector] = []
         for provisioner in self._provisioners.values():
-            provisioner.attach(ClusterView(client, by_kind))
-        self._planner = Planner(client, plugins, self._provisioners)
+            caches = watching(client, provisioner.watches, self._bought_changed)
+            self._optional += caches.values()
+            provisioner.attach(ClusterView(client, {NODES: self._nodes, **caches}))
+        self._planner = Planner(client, plugins, self._provisioners, {"transformers", *settings.runtime_images})
         self._recorder = Recorder(client, "kaito-controller")
-        self._actor = Actor(client, self._seen, self._recorder)
+        self._actor = Actor(client, self._seen, self._recorder, self._tell)
         self._following = Following(client, self._pods.list, self._pod_moved)
         self._sweep = Sweep(
             {n: p for n, p in self._provisioners.items() if p.holds},
@@ -129,7 +139,7 @@ class WorkspaceController:
 
     def start_watching(self) -> None:
         """Fill the caches. A stand-by does this too, so that it can take over at once."""
-        for reflector in self.reflectors:
+        for reflector in (*self.reflectors, *self._optional):
             reflector.start()
 
     def start_workers(self, workers: int) -> None:
@@ -143,6 +153,8 @@ class WorkspaceController:
         for workspace in self._workspaces.list():
             self._enqueue(workspace)
         self._following.start()
+        if self._activator:
+            self._activator.start()
         loop.start()
         if not self._names:  # who looks after single Workspaces knows nothing of the others
             self._sweep.start()
@@ -153,7 +165,9 @@ class WorkspaceController:
         self._sweep.stop()
         if self._loop is not None:
             self._loop.stop(timeout)
-        for reflector in self.reflectors:
+        if self._activator:
+            self._activator.stop(timeout)
+        for reflector in (*self.reflectors, *self._optional):
             reflector.stop()
 
     def count_by_state(self) -> dict[str, int]:
@@ -189,9 +203,59 @@ class WorkspaceController:
     def _node_changed(self, old: Object | None, new: Object | None) -> None:
         if old is not None and new is not None and _without_heartbeat(old) == _without_heartbeat(new):
             return
+        if self._bought_changed(old, new):
+            return
         for workspace in self._workspaces.list():
             if workspace.get("status", {}).get("finishedRevision") != hash_of(workspace):
                 self._enqueue(workspace)
+
+    def _bought_changed(self, old: Object | None, new: Object | None) -> bool:
+        """Something that was got for one Workspace concerns that one and no other; whether it was."""
+        has = ((new or old or {}).get("metadata") or {}).get("labels") or {}
+        namespace, name = has.get(labels.WORKSPACE_NAMESPACE), has.get(labels.WORKSPACE)
+        if not namespace or not name:
+            return False
+        if self._workspaces.get(name, namespace) is not None:  # else it is the sweep's
+            self._enqueue({"metadata": {"namespace": namespace, "name": name}})
+        return True
+
+    def _server_version(self) -> tuple[int, int]:
+        """Of Kubernetes, asked once; an upgrade restarts nothing of ours, and takes nothing away."""
+        if self._version is None:
+            numbers = re.match(r"v(\d+)\.(\d+)", self._client.version())
+            self._version = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+        return self._version
+
+    # --- requests for endpoints that are asleep
+
+    def _woken(self, key: tuple[str, str]) -> None:
+        """Somebody asks for this endpoint."""
+        self._wakes[key] = self._clock()
+        self.queue.add(key)
+
+    def _demand(self, workspace: Object) -> bool:
+        """Whether somebody asks for its endpoint now: a request that waits, or the annotation of whoever is about to send one. What
+        has been answered meanwhile counts a little longer: the pod that did so has not said yet that it is busy."""
+        metadata = workspace["metadata"]
+        key = (metadata["namespace"], metadata["name"])
+        if self._activator is not None and self._activator.waiting(key) > 0:
+            return True
+        asked = seconds_or_never((metadata.get("annotations") or {}).get(labels.WAKE, ""))
+        return self._clock() - max(self._wakes.get(key, -math.inf), asked) < WAKEFUL
+
+    def _tell(self, key: tuple[str, str], endpoint: Endpoint | None) -> None:
+        """Tell the activator how the endpoint is."""
+        if self._activator is None:
+            return
+        if endpoint is None:
+            self._wakes.pop(key, None)
+            self._activator.forget(key)
+        elif endpoint.address:
+            self._activator.ready(key, endpoint.address)
+        elif endpoint.refused:
+            self._activator.refuse(key, endpoint.words)
+        else:
+            self._activator.asleep(key, endpoint.words)
 
     # --- one Workspace
 
@@ -199,6 +263,7 @@ class WorkspaceController:
         """Bring one Workspace a step further; see the module."""
         workspace = self._seen.get(WORKSPACES, name, namespace)
         if workspace is None:
+            self._tell((namespace, name), None)
             return Result()
         try:
             return self._rounds(workspace)
@@ -225,21 +290,37 @@ class WorkspaceController:
     def _observe(self, workspace: Object) -> Observed:
         metadata = workspace["metadata"]
         name, namespace = metadata["name"], metadata["namespace"]
-        pods = tuple(self._pods.indexed(namespace, name))
-        bound = {p["spec"]["nodeName"] for p in pods if p.get("spec", {}).get("nodeName")}
+        all_pods = self._pods.indexed(namespace, name)
+        pods = tuple(p for p in all_pods if labels.SERVING not in p["metadata"].get("labels", {}))
+        servers = tuple(p for p in all_pods if labels.SERVING in p["metadata"].get("labels", {}))
+        bound = {p["spec"]["nodeName"] for p in all_pods if p.get("spec", {}).get("nodeName")}
         bound.update((workspace.get("status") or {}).get("workerNodes", ()))
         newest = latest(pods)
         observed = Observed(
             now=self._clock(),
             job=self._seen.get(JOBS, name, namespace),
             pods=pods,
+            stateful_set=self._seen.get(STATEFUL_SETS, name, namespace),
+            service=self._seen.get(SERVICES, name, namespace),
+            headless=self._seen.get(SERVICES, headless_name(name), namespace),
+            slice=self._seen.get(ENDPOINT_SLICES, slice_name(name), namespace),
+            servers=servers,
+            activity={p["metadata"]["uid"]: said for p in servers if (said := self._following.progress(p))},
+            demand=self._demand(workspace),
             nodes={n: self._nodes.get(n) for n in bound},
-            revisions=tuple(self._revisions.indexed(namespace, name)),
+            revisions=tuple(self._seen.list(REVISIONS, namespace, {labels.REVISION_NAME: name})),
             progress=self._following.progress(newest) if newest else None,
             provisioners=self._installed,
         )
-        if needs_plan(workspace, observed):
-            observed = replace(observed, planned=self._planner(workspace))
+        if self._activator is not None:
+            observed = replace(observed, activator=(self._pod_ip, 0))
+            if serves(workspace, observed, self._world):
+                observed = replace(observed, activator=(self._pod_ip, self._activator.listen((namespace, name))))
+        if needs_plan(workspace, observed, self._world):
+            serving = serves(workspace, observed, self._world)
+            mounts = serving and self._image_volumes and mounts_images(self._server_version(), self._nodes.list())
+            planned = self._planner(workspace, serving=serving)
+            observed = replace(observed, planned=planned, mounts_images=mounts)
         return observed
 
     def _say(self, workspace: Object, error: Failure) -> None:
@@ -279,6 +360,7 @@ def _small_revision(revision: Object) -> Object:
 def _small_node(node: Object) -> Object:
     status = node.get("status", {})
     kept = {k: status[k] for k in ("capacity", "allocatable", "conditions") if k in status}
+    kept["nodeInfo"] = {"containerRuntimeVersion": status.get("nodeInfo", {}).get("containerRuntimeVersion", "")}
     spec = {k: v for k, v in node.get("spec", {}).items() if k in ("taints", "unschedulable", "providerID")}
     return _small(node, spec=spec, status=kept)
 

@@ -11,15 +11,22 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kaito_core.data.chat_format import added_tokens, chat_format, default_template, stop_ids, unnamed
 from kaito_core.data.formats import Message
 from kaito_core.plugins.types import ChatFormat
 from kaito_core.problems import Problem, UserError
+
+TEMPLATE = "chat_template.jinja"
+"""A template in a file of its own, as transformers writes it since version 4.50. It counts before the one in tokenizer_config.json."""
+
+LARGEST_TEMPLATE = 4 << 20
+"""Bytes of it that are read at most; published ones have some ten thousand."""
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -42,7 +49,7 @@ def render(messages: Sequence[Message], chat: ChatFormat, special: Mapping[str, 
 
     ``special`` are the tokenizer's named special tokens (``bos_token`` …), which templates may use: see `special_tokens`.
     With ``{% generation %}`` marks in the template the spans are theirs; without, the text before each answer is rendered
-    alone and must be a prefix of the whole. Raises `ChatError`."""
+    alone and must be a prefix of the whole. Raises `ChatError`, and a plain `UserError` where there is no template."""
     if _MARKS.search(chat.template):
         nonce = secrets.token_hex(16)
         text, spans = _unmarked(_run(messages, chat, special, nonce=nonce), nonce)
@@ -63,19 +70,76 @@ def render_prompt(messages: Sequence[Message], chat: ChatFormat, special: Mappin
 
 def special_tokens(model_folder: Path) -> dict[str, str]:
     """``bos_token``, ``eos_token`` … of a tokenizer, from ``tokenizer_config.json``; empty when there is no such file."""
-    path = model_folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise UserError(Problem(f"not JSON: {e}", "fetch the model again", file=str(path))) from e
     found = {}
-    for name, value in config.items() if isinstance(config, dict) else ():
+    for name, value in _object(model_folder / "tokenizer_config.json").items():
         content = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(content, str):
             found[name] = content
     return found
+
+
+def given_template(asked: str) -> str:
+    """The template that a training configuration asks for: as it is, or from the file that it names. Raises `UserError`."""
+    if not asked or "{" in asked:
+        return asked
+    try:
+        return Path(asked).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is not text"
+        message = f"the chat template {asked!r} cannot be read: {reason}"
+        field = "training_config.ModelConfig.chat_template"
+        raise UserError(message, "give the template itself, or the path of its file", field=field) from e
+
+
+def model_template(model_folder: Path) -> str:
+    """The chat template in a model's own files: chat_template.jinja, or else ``chat_template`` of tokenizer_config.json (of several
+    the one called ``default``). Empty when there is none. Raises `UserError` for a file that cannot be read."""
+    path = model_folder / TEMPLATE
+    text = ""
+    if path.is_file():
+        with path.open("rb") as f:
+            data = f.read(LARGEST_TEMPLATE + 1)
+        if len(data) > LARGEST_TEMPLATE:
+            raise UserError(Problem(f"larger than {LARGEST_TEMPLATE:,} bytes", "fetch the model again", file=str(path)))
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UserError(Problem("not UTF-8", "fetch the model again", file=str(path))) from e
+    return text or default_template(_object(model_folder / "tokenizer_config.json").get("chat_template"))
+
+
+def model_stop_tokens(model_folder: Path, template: str = "") -> tuple[str, ...]:
+    """The tokens that end an answer by a model's own files: ``eos_token`` of tokenizer_config.json, and those that
+    generation_config.json, or else config.json, names by number. First comes the one that ``template`` writes. Empty when they
+    name none. Raises `UserError` for a file that cannot be read."""
+    tokenizer, generation, config = (
+        _object(model_folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    )
+    by_number = unnamed(tokenizer, stop_ids(generation, config))
+    added = added_tokens(_object(model_folder / "tokenizer.json")) if by_number else {}
+    return chat_format(tokenizer, generation, config, template, added).stop_tokens
+
+
+def completed(chat: ChatFormat, model_folder: Path) -> ChatFormat:
+    """``chat``, with what it leaves empty from the model's own files. What they do not say either stays empty.
+
+    Raises `UserError` for a file that cannot be read."""
+    if not chat.template:
+        chat = replace(chat, template=model_template(model_folder))
+    if not chat.stop_tokens:
+        chat = replace(chat, stop_tokens=model_stop_tokens(model_folder, chat.template))
+    return chat
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file of a model; empty when there is no such file, or something else in it."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise UserError(Problem(f"not JSON: {e}", "fetch the model again", file=str(path))) from e
+    return found if isinstance(found, dict) else {}
 
 
 def _span(
@@ -116,6 +180,11 @@ def _run(
 ) -> str:  # fmt: skip
     import jinja2
 
+    if not chat.template:  # no ChatError: it is the same for every conversation, and said once
+        raise UserError(
+            "the model has no chat template, so that a conversation does not become text",
+            "give plain text (rows with the column `text`), or choose the model's version for conversations: -instruct, -it, -chat",
+        )
     template = _compiled(chat.template)
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:

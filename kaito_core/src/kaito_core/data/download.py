@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit, urlunsplit
@@ -46,10 +46,28 @@ class Policy:
     allow_private: bool
     max_bytes: int
     """Bytes that may still be downloaded."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """For the Hugging Face hub, and for nobody else."""
     on_progress: OnProgress | None = None
     resolver: Resolve = resolve
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token", hub_token(self.token))
+
+
+def hub_token(text: str | None, where: str = "") -> str:
+    """The user's token as it can be sent: without the line break at its end that a file gives it; empty for none.
+
+    Raises `UserError`, with the field ``where``, for anything that no token has: its words do not have the token in them, as those
+    of the HTTP client would."""
+    token = (text or "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise UserError(
+            "the hub's token has characters in it that no token has",
+            "set HF_TOKEN again, to one line without spaces",
+            field=where,
+        )
+    return token
 
 
 class _Again(Exception):

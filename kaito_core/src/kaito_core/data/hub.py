@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kaito_core.data.download import hub_token
 from kaito_core.data.sources import hub_endpoint
 from kaito_core.problems import Failure, Problem, UserError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 TOKENIZER = ("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "*.jinja")  # fmt: skip
-MODEL = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+MODEL = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""With the licence, which has to go wherever the weights go."""
 NEVER = (
     "*.py",
     "*.bin",
@@ -26,6 +42,8 @@ NEVER = (
     "onnx/*",
 )
 """Code, pickles, and other copies of the same weights."""
+SECOND_COPY = "consolidated*.safetensors"
+"""How Mistral's own code calls the weights. Most of its repositories hold them a second time, as ``model*.safetensors``."""
 
 
 def fetch_model(
@@ -39,11 +57,14 @@ def fetch_model(
     from huggingface_hub import HfApi, errors
 
     name = f"{repo}@{revision[:12]}"
+    api = HfApi(endpoint=hub_endpoint(), token=hub_token(token, field) or False)
     try:
-        HfApi(endpoint=hub_endpoint(), token=token or False).snapshot_download(
-            repo, revision=revision, local_dir=into, allow_patterns=list(TOKENIZER if tokenizer_only else MODEL),
-            ignore_patterns=list(NEVER), max_workers=4,
-        )  # fmt: skip
+        if tokenizer_only:
+            _download(api, repo, revision, into, TOKENIZER, NEVER)
+        else:
+            _download(api, repo, revision, into, MODEL, (*NEVER, SECOND_COPY))
+            if not any(into.glob("*.safetensors")):  # then it is no second copy
+                _download(api, repo, revision, into, (SECOND_COPY,), NEVER)
     except errors.GatedRepoError as e:
         raise UserError(Problem(f"{name}: the model is gated: {_words(e)}",
                                 f"accept its terms at {hub_endpoint()}/{repo}, and set HF_TOKEN to a token that may read it", field)
@@ -74,6 +95,17 @@ def fetch_model(
                                 "kaito loads safetensors and fast tokenizers only: choose a revision that has them", field)
                         )  # fmt: skip
     return into
+
+
+def _download(api: HfApi, repo: str, revision: str, into: Path, allowed: Sequence[str], ignored: Sequence[str]) -> None:
+    api.snapshot_download(
+        repo,
+        revision=revision,
+        local_dir=into,
+        allow_patterns=list(allowed),
+        ignore_patterns=list(ignored),
+        max_workers=4,
+    )
 
 
 def _unreachable(name: str, error: Exception, field: str) -> Failure:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kaito_core.data.chat import Rendered, render, special_tokens
+from kaito_core.data.chat import Rendered, completed, render, special_tokens
 from kaito_core.data.formats import Conversation, Text
 from kaito_core.plugins.types import ChatFormat
 from kaito_core.problems import Problem, UserError
@@ -41,10 +41,17 @@ class ChatTokenizer:
     """A model's tokenizer and chat template together: conversations and texts become `Example`s."""
 
     def __init__(self, model_folder: Path, chat: ChatFormat) -> None:
-        """Reads ``tokenizer.json`` and ``tokenizer_config.json`` of ``model_folder``; runs none of the model's code."""
-        self.chat = chat
-        self.special = special_tokens(model_folder)
+        """Reads ``tokenizer.json`` and ``tokenizer_config.json`` of ``model_folder``; runs none of the model's code.
+
+        What ``chat`` leaves empty is taken from the model's own files; without a template there either, texts become examples
+        and conversations do not. Raises `UserError` when no token is known that ends an answer."""
         self._tokenizer = _load(model_folder / "tokenizer.json")
+        self.special = special_tokens(model_folder)
+        self.chat = chat = completed(chat, model_folder)
+        """With the template and the stop tokens that are really used."""
+        if not chat.stop_tokens:
+            raise UserError(f"neither the preset nor the files of the model in {model_folder} say which token ends an answer",
+                            "choose a model whose tokenizer_config.json has an eos_token")  # fmt: skip
         self.stop_ids: dict[str, int] = {}
         """The stop tokens by their text, the usual one first."""
         for token in chat.stop_tokens:
@@ -70,7 +77,8 @@ class ChatTokenizer:
         return [_labelled(next(encoded), s) if isinstance(s, Rendered) else self._whole(next(plain)) for s in samples]
 
     def render(self, sample: Conversation | Text) -> Rendered | Text:
-        """The conversation as text; a text stays what it is. Raises `kaito_core.data.chat.ChatError`."""
+        """The conversation as text; a text stays what it is. Raises `kaito_core.data.chat.ChatError`, and a plain `UserError`
+        when the model has no chat template."""
         return render(sample.messages, self.chat, self.special) if isinstance(sample, Conversation) else sample
 
     def ids(self, text: str) -> list[int]:

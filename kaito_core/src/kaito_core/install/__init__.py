@@ -42,11 +42,16 @@ def kind_of(obj: Object) -> Kind:
 
 def definition() -> Object:
     """The CustomResourceDefinition of Workspace."""
+    return definitions()[0]
+
+
+def definitions() -> tuple[Object, ...]:
+    """The CustomResourceDefinitions: of Workspace, and of InferenceSet."""
     import yaml
 
-    from kaito_core.api.crd import crd_yaml
+    from kaito_core.api.crd import crd, crd_yaml, inference_set_crd
 
-    return cast(Object, yaml.safe_load(crd_yaml()))
+    return tuple(cast(Object, yaml.safe_load(crd_yaml(d))) for d in (crd(), inference_set_crd()))
 
 
 def namespace(name: str) -> Object:

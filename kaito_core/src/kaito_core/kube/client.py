@@ -135,7 +135,14 @@ class Client:
                 return found, str(answer["metadata"].get("resourceVersion", ""))
 
     def watch(
-        self, kind: Kind, namespace: str = "", *, resource_version: str, labels: str = "", seconds: int = 300
+        self,
+        kind: Kind,
+        namespace: str = "",
+        *,
+        resource_version: str,
+        labels: str = "",
+        fields: str = "",
+        seconds: int = 300,
     ) -> Watch:
         """Changes since that version, as (``ADDED``, ``MODIFIED``, ``DELETED`` or ``BOOKMARK``, object); for so long."""
         query = {
@@ -144,6 +151,7 @@ class Client:
             "resourceVersion": resource_version,
             "timeoutSeconds": str(seconds),
             "labelSelector": labels,
+            "fieldSelector": fields,
         }
         what = f"watch {_named(kind, '', namespace)}"
         # Bookmarks come every minute or so; a connection that is silent for longer than the server would wait is dead.

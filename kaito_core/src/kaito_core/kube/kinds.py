@@ -48,6 +48,7 @@ def owner_reference(owner: Object) -> Object:
 
 
 WORKSPACES: Final = Kind("kaito.sh/v1beta1", "Workspace", "workspaces")
+INFERENCE_SETS: Final = Kind("kaito.sh/v1beta1", "InferenceSet", "inferencesets")
 JOBS: Final = Kind("batch/v1", "Job", "jobs")
 PODS: Final = Kind("v1", "Pod", "pods")
 CONFIG_MAPS: Final = Kind("v1", "ConfigMap", "configmaps")
@@ -56,6 +57,9 @@ VOLUME_CLAIMS: Final = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclai
 EVENTS: Final = Kind("v1", "Event", "events")
 REVISIONS: Final = Kind("apps/v1", "ControllerRevision", "controllerrevisions")
 LEASES: Final = Kind("coordination.k8s.io/v1", "Lease", "leases")
+STATEFUL_SETS: Final = Kind("apps/v1", "StatefulSet", "statefulsets")
+SERVICES: Final = Kind("v1", "Service", "services")
+ENDPOINT_SLICES: Final = Kind("discovery.k8s.io/v1", "EndpointSlice", "endpointslices")
 DEPLOYMENTS: Final = Kind("apps/v1", "Deployment", "deployments")
 DAEMON_SETS: Final = Kind("apps/v1", "DaemonSet", "daemonsets")
 NAMESPACES: Final = Kind("v1", "Namespace", "namespaces", namespaced=False)

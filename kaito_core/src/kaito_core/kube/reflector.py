@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from kaito_core.kube.errors import ApiError, Gone, Unreachable
+from kaito_core.kube.errors import ApiError, Forbidden, Gone, NotFound, Unreachable
 from kaito_core.kube.kinds import Kind, Object
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Objects = list[Object]
 
-OnChange = Callable[["Object | None", "Object | None"], None]
+OnChange = Callable[["Object | None", "Object | None"], object]
 """Told the object as it was and as it is; None: there was none, there is none."""
 
 WATCH_SECONDS = (300, 600)
@@ -37,6 +37,9 @@ HEALTHY = 10.0
 
 AT_ONCE = 1.0
 """A watch that ends within so many seconds and says nothing has failed, even if the server calls it an end (client-go)."""
+
+NOT_DEFINED = 300.0
+"""Seconds between two looks for a kind that the cluster need not have."""
 
 AWAY_OR_BUSY = frozenset({0, 429})
 """Answers (none, and "too many requests") after which the cache still holds, and a watch may go on where it was."""
@@ -54,7 +57,8 @@ class Reflector:
     """See the module. What is in the cache is never changed by anybody: read it, do not write it.
 
     ``on_change`` is called in the reflector's own thread, after the cache has changed; it should be quick. ``index`` is the label
-    that objects are found by without looking at all of them."""
+    that objects are found by without looking at all of them. ``optional``: the cluster may have no such kind, or not let us see
+    it; then this never has synced, and says so only once."""
 
     def __init__(
         self,
@@ -65,6 +69,9 @@ class Reflector:
         transform: Callable[[Object], Object] = without_managed_fields,
         on_change: OnChange | None = None,
         index: str = "kaito.sh/workspace",
+        *,
+        fields: str = "",
+        optional: bool = False,
     ) -> None:
         self.kind = kind
         self.has_synced = False
@@ -76,6 +83,8 @@ class Reflector:
         self._client = client
         self._namespace = namespace
         self._labels = labels
+        self._fields = fields
+        self._optional = optional
         self.transform = transform
         """What is kept of an object."""
         self._on_change = on_change
@@ -86,6 +95,7 @@ class Reflector:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._watch: Watch | None = None
+        self._told = False
         self._thread = threading.Thread(target=self._run, name=f"reflector-{kind.plural}", daemon=True)
 
     # --- reading
@@ -98,7 +108,9 @@ class Reflector:
     def list(self, namespace: str = "", labels: Mapping[str, str] | None = None) -> Objects:
         """The objects of a namespace (of all when empty) with these labels."""
         with self._lock:
-            if namespace:
+            if labels and self._index in labels and (namespace or not self.kind.namespaced):
+                found = list(self._store.by_label.get((namespace, labels[self._index]), {}).values())
+            elif namespace:
                 found = list(self._store.by_name.get(namespace, {}).values())
             else:
                 found = [o for objects in self._store.by_name.values() for o in objects.values()]
@@ -143,6 +155,15 @@ class Reflector:
             except Gone:
                 log.info("%s: the server has forgotten where the watch was; listing anew", self.kind)
                 self._at = ""
+            except (NotFound, Forbidden) as e:
+                self._at = ""
+                if self._optional:
+                    if not self._told:
+                        log.info("%s is not watched: %s", self.kind, e.problems[0].message)
+                    self._told, self.has_synced = True, False
+                    self._stop.wait(NOT_DEFINED)
+                    continue
+                log.warning("%s; trying again", e.problems[0].message)
             except ApiError as e:
                 if self._stop.is_set():
                     return
@@ -159,7 +180,7 @@ class Reflector:
             delay = min(delay * 2, LONGEST_DELAY)
 
     def _list(self) -> None:
-        items, version = self._client.list(self.kind, self._namespace, labels=self._labels)
+        items, version = self._client.list(self.kind, self._namespace, labels=self._labels, fields=self._fields)
         new = _Store(self._index)
         for item in items:
             new.put(self.transform(item))
@@ -182,6 +203,7 @@ class Reflector:
             self._namespace,
             resource_version=self._at,
             labels=self._labels,
+            fields=self._fields,
             seconds=random.randint(*WATCH_SECONDS),  # noqa: S311 – jitter
         )
         self._watch = watch

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def anchored(workspace: Workspace, base: Path) -> Workspace:
     """The same workspace with every relative path (data, host paths) below ``base``, the folder of its YAML file."""
+    if workspace.inference is not None:
+        workspace = _with_adapters(workspace, base)
     tuning = workspace.tuning
     if tuning is None:
         return workspace
@@ -29,6 +31,18 @@ def anchored(workspace: Workspace, base: Path) -> Workspace:
         "output": destination.model_copy(update={"volume_source": _volume(destination.volume_source, base)}),
     }
     return workspace.model_copy(update={"tuning": tuning.model_copy(update=changes)})
+
+
+def _with_adapters(workspace: Workspace, base: Path) -> Workspace:
+    inference = workspace.inference
+    assert inference is not None
+    adapters = tuple(
+        a.model_copy(
+            update={"source": a.source.model_copy(update={"volume_source": _volume(a.source.volume_source, base)})}
+        )
+        for a in inference.adapters
+    )
+    return workspace.model_copy(update={"inference": inference.model_copy(update={"adapters": adapters})})
 
 
 def _url(url: str, base: Path) -> str:

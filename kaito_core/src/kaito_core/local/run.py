@@ -3,6 +3,7 @@
 * A stage that is done for its key is not run again; a killed or failed one is, and finds its own work where it left it.
 * Ctrl-C (and SIGTERM) reach the stage as SIGTERM: training writes a checkpoint, then everything ends.
 * When this process itself is killed, the kernel sends the stage SIGTERM; the lock stays held until the stage has ended.
+* The last stage of an endpoint serves until it is asked to end.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from kaito_core import progress
 from kaito_core.local.home import cache_folder
 from kaito_core.local.paths import local_folder
 from kaito_core.local.secrets import environment
+from kaito_core.local.server import Server
 from kaito_core.local.state import RunFolder, RunState, StageState
 from kaito_core.problems import Failure, KaitoError, UserError
 from kaito_core.stages.child import argv, failure_of, result_of
 from kaito_core.workloads.job import TuningJob
+from kaito_core.workloads.serving import ServingJob
 from kaito_core.workloads.workload import Stage, Workload
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -45,29 +48,46 @@ class Stopped(Exception):
 
 
 def run(
-    folder: RunFolder, workload: Workload, job: TuningJob, secrets: Mapping[str, Any], on_event: OnEvent
+    folder: RunFolder,
+    workload: Workload,
+    job: TuningJob | ServingJob,
+    secrets: Mapping[str, Any],
+    on_event: OnEvent,
+    port: int | None = None,
 ) -> RunState:
-    """Run every stage that is not done yet; the state in the end. Raises the failed stage's `KaitoError`, or `Stopped`."""
+    """Run every stage that is not done yet; the state in the end. Raises the failed stage's `KaitoError`, or `Stopped`, which is how
+    an endpoint ends. It listens on ``port`` (None: the workload's own; 0: any that is free); once it answers, there is an event
+    ``answers`` with the fields of `kaito_core.local.state.Served`."""
     with folder.lock() as lock:
+        server = None
+        if workload.endpoint is not None and isinstance(job, ServingJob):
+            server = Server.of(job, workload.endpoint, port)  # before anything is fetched: the port may be in use
         before = folder.read()
         done = before.stages if before else {}
         state = RunState(
             name=job.name,
             namespace=job.namespace,
             preset=job.preset.name,
-            method=job.method,
+            method=job.method if isinstance(job, TuningJob) else job.runtime,
             order=[s.name for s in workload.stages],
             stages={s.name: done[s.name] for s in workload.stages if s.name in done and done[s.name].key == s.key},
+            task="tuning" if isinstance(job, TuningJob) else "inference",
         )
-        env = _lay_out(folder, workload)
+        env = _lay_out(folder, workload) | (server.env if server else {})
         with environment(workload, secrets, folder.path / "secrets") as secret_env, _Stop() as stop:
             for stage in workload.stages:
+                serving = server if stage is workload.stages[-1] else None
                 known = state.stages.get(stage.name)
-                if known and known.status == "done":
+                if known and known.status == "done" and serving is None and not _from_folders(job):
                     on_event({"event": "skipped", "stage": stage.name, **known.result})
                     continue
-                _run_stage(folder, state, stage, {**env, **secret_env}, lock, stop, on_event)
+                _run_stage(folder, state, stage, {**env, **secret_env}, lock, stop, on_event, serving)
         return state
+
+
+def _from_folders(job: TuningJob | ServingJob) -> bool:
+    """Whether an endpoint gets something from a folder, where it may have changed since the last start: tuned anew, say."""
+    return isinstance(job, ServingJob) and bool(job.model_folder or any(a.volume for a in job.adapters))
 
 
 def is_done(folder: RunFolder, workload: Workload) -> bool:
@@ -122,6 +142,7 @@ def _run_stage(
     lock: int,
     stop: _Stop,
     on_event: OnEvent,
+    server: Server | None = None,
 ) -> None:
     events = folder.results / progress.FILE_NAME
     offset = events.stat().st_size if events.exists() else 0
@@ -154,25 +175,39 @@ def _run_stage(
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         asked: float | None = None
+        late: Failure | None = None
+        if server:
+            server.started()
         while child.poll() is None:
             offset = follow(offset)
-            if stop.asked and asked is None:
+            if (stop.asked or late) and asked is None:
                 child.terminate()
                 asked = time.monotonic()
+                if server:
+                    on_event({"event": "stopping", "stage": stage.name})
             if asked is not None and (stop.asked > 1 or time.monotonic() - asked > GRACE):
-                child.kill()
+                _kill(child)
+            try:
+                if server and asked is None and server.has_become_ready():
+                    state.served = server.served
+                    folder.write(state)
+                    on_event({"event": "answers", "stage": stage.name, **asdict(server.served)})
+            except Failure as e:
+                late = e
             with suppress(subprocess.TimeoutExpired):
                 child.wait(POLL)
         follow(offset)
+    if server:
+        _kill(child)  # an engine's own processes would keep the GPU
     current.ended = time.time()
     current.result = result_of(last)
-    if child.returncode == 0 and not (stop.asked and last.get("event") != "finished"):
+    if server is None and child.returncode == 0 and not (stop.asked and last.get("event") != "finished"):
         current.status = "done"
         folder.write(state)
         return
     current.status = "stopped" if stop.asked else "failed"
-    error = _failure(folder, stage, child.returncode, last)
-    current.message = error.problems[0].message
+    error = late or _failure(folder, stage, child.returncode, last)
+    current.message = "" if server and stop.asked else error.problems[0].message
     folder.write(state)
     if stop.asked:
         raise Stopped
@@ -186,6 +221,12 @@ def _failure(folder: RunFolder, stage: Stage, code: int, last: Mapping[str, Any]
         tail = []
     remedy = f"run the same command again to go on; the whole log is {folder.log(stage.name)}"
     return failure_of(stage.name, code, last, tail, remedy)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """The stage, and whatever it has started and left behind."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _die_with_parent() -> None:

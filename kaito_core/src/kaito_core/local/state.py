@@ -35,6 +35,19 @@ class StageState:
 
 
 @dataclass(slots=True)
+class Served:
+    """An endpoint on this machine, once it answers."""
+
+    url: str
+    """``http://127.0.0.1:5000``."""
+    base: str
+    """The model without any adapter, as requests name it."""
+    model: str
+    """What answers when nothing else is asked for."""
+    adapters: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class RunState:
     """A run: which workspace, which stages, how far."""
 
@@ -42,8 +55,13 @@ class RunState:
     namespace: str
     preset: str
     method: str
+    """How it is tuned, or with which runtime it is served."""
     order: list[str] = field(default_factory=list)
     stages: dict[str, StageState] = field(default_factory=dict)
+    task: str = "tuning"
+    """``tuning`` or ``inference``."""
+    served: Served | None = None
+    """Where it answers; only true while it runs."""
 
     @property
     def phase(self) -> str:
@@ -59,8 +77,10 @@ class RunState:
 class RunFolder:
     """The folder of one run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "") -> None:
         self.path = path
+        self.name = name or path.name
+        """What commands call it."""
 
     @classmethod
     def of(cls, name: str, namespace: str = "default") -> RunFolder:
@@ -72,9 +92,19 @@ class RunFolder:
         """The folder of a run that was started before. UserError when there is none."""
         folder = cls(runs_folder() / name) if "/" not in name and name not in ("", ".", "..") else None
         if folder is None or folder.read() is None:
-            known = ", ".join(sorted(f.path.name for f in all_runs())) or "none yet"
+            known = ", ".join(sorted(f.name for f in all_runs())) or "none yet"
             raise UserError(f"there is no run named {name!r} on this machine", f"runs: {known}")
         return folder
+
+    @property
+    def serving(self) -> RunFolder:
+        """The folder in which the model is served that is tuned in this one."""
+        return RunFolder(self.path / "serving", self.name)
+
+    @property
+    def both(self) -> list[RunFolder]:
+        """The runs of one Workspace: itself, and what serves its result."""
+        return [self, *(f for f in (self.serving,) if f.read() is not None)]
 
     @property
     def results(self) -> Path:
@@ -92,7 +122,8 @@ class RunFolder:
         try:
             data = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
             stages = {n: StageState(**s) for n, s in data.pop("stages").items()}
-            return RunState(**data, stages=stages)
+            served = data.pop("served", None)
+            return RunState(**data, stages=stages, served=Served(**served) if served else None)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -119,8 +150,8 @@ class RunFolder:
                 while not _try_lock(descriptor):
                     if time.monotonic() > deadline:
                         raise UserError(
-                            f"{self.path.name} is running already",
-                            f"follow it with `kaito logs -f {self.path.name}`, or stop that process first",
+                            f"{self.name} is running already",
+                            f"follow it with `kaito logs -f {self.name}`, or stop that process first",
                         )
                     time.sleep(0.2)
             yield descriptor

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, Literal, Protocol, TypeVar
 
 from kaito_core.planning import catalogue
-from kaito_core.plugins.types import Gpu, Offer, Requirements, TuningFit
+from kaito_core.plugins.types import Gpu, Offer, Requirements
 
 By = Literal["cost", "time"]
 """What makes a machine better: a cheaper job, or an earlier end."""
@@ -27,13 +27,13 @@ ELSEWHERE = "it can only be got from a cluster"
 
 
 class Considered(Protocol):
-    """A machine, how the job fits there, and what came of it."""
+    """A machine, how long the job takes there, and what came of it."""
 
     @property
     def offer(self) -> Offer: ...
 
     @property
-    def fit(self) -> TuningFit: ...
+    def seconds(self) -> float | None: ...
 
     @property
     def rejected(self) -> str: ...
@@ -170,7 +170,7 @@ def _by_cost(candidate: Considered) -> tuple[Any, ...]:
 
 
 def _by_time(candidate: Considered) -> tuple[Any, ...]:
-    seconds = candidate.fit.seconds
+    seconds = candidate.seconds
     return seconds is None, seconds or 0.0
 
 

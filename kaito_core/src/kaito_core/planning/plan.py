@@ -8,34 +8,25 @@ configuration with errors) is a `UserError` with every problem at once; what it 
 
 from __future__ import annotations
 
-import difflib
-import functools
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kaito_core.planning import catalogue
-from kaito_core.planning.choice import (
-    By,
-    cost_of,
-    gib,
-    in_order,
-    is_free,
-    is_model,
-    mismatch,
-    money,
-    only_known,
-    too_dear,
-    unobtainable,
-)
+from kaito_core.planning.choice import By
+from kaito_core.planning.placement import Candidate, candidates, refusal, same_fit
 from kaito_core.plugins.guard import blamed_on
-from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements, Tuner, TuningFit
+from kaito_core.plugins.types import DataFacts, InferenceRuntime, Offer, Preset, Requirements, Tuner, TuningFit
 from kaito_core.problems import Problem, UserError
 from kaito_core.workloads.job import DataInput, Secrets, TuningJob
+from kaito_core.workloads.serving import ServingJob
 from kaito_core.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from kaito_core.api import Workspace
+
+__all__ = ["Candidate", "Catalog", "Plan", "Registry", "TuningPlan", "plan", "requirements"]
 
 BUILT_IN_CONFIGS = ("lora-params-template", "qlora-params-template")
 """KAITO's own ConfigMaps. Naming one asks for the method's defaults, which here are the tuner's."""
@@ -50,6 +41,8 @@ class Registry(Protocol):
     def preset(self, name: str) -> Preset: ...
 
     def tuner(self, method: str) -> Tuner: ...
+
+    def runtimes(self) -> Mapping[str, InferenceRuntime]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,35 +62,13 @@ class Catalog:
     """Names of the provisioners that are installed, whether they offer something here or not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One machine and how the job would run there."""
-
-    offer: Offer
-    fit: TuningFit
-    why: str
-    """Why it is in the list: what the user named, or what the machine is."""
-    rejected: str = ""
-    """Why it is not taken; empty when it can be."""
-    cost: float | None = None
-    """US dollars for the job on all machines, an estimate: the training and ten minutes for what goes with it; None when the price
-    or the time is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What will be done, and on what."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(ABC):
+    """What will be done, and on what. A `TuningPlan`, or a `ServingPlan` or `TemplatePlan` of `kaito_core.planning.serving`."""
 
     workspace: Workspace
-    preset: Preset
-    tuner: Tuner
-    method: str
-    config: Mapping[str, Any]
-    """The tuner's complete configuration, the user's and the preset's wishes merged in."""
     candidates: tuple[Candidate, ...]
     """Usable machines best first, then the rejected ones with the reason."""
-    data: DataFacts | None = None
-    model_folder: str = ""
     refusal: Problem | None = None
     """Why nothing can run it, and the smallest change that would help; None when a machine is chosen."""
     by: By = "cost"
@@ -105,21 +76,51 @@ class Plan:
 
     @property
     def chosen(self) -> Candidate | None:
-        """The machine that the job would run on."""
-        usable = [c for c in self.candidates if not c.rejected]
-        return usable[0] if usable else None
+        """The machine that it would run on."""
+        return next((c for c in self.candidates if not c.rejected), None)
 
-    def on(self, candidate: Candidate) -> Plan:
+    def on(self, candidate: Candidate) -> Self:
         """The same plan on this machine: what is left when better ones could not be had."""
         return replace(self, candidates=(candidate, *(c for c in self.candidates if c is not candidate)))
 
     @property
-    def job(self) -> TuningJob:
-        """The job that the chosen machine would run. UserError when there is none."""
+    @abstractmethod
+    def job(self) -> TuningJob | ServingJob:
+        """What the chosen machine would run. UserError when there is no machine, or nothing of kaito's to run."""
+
+    @property
+    @abstractmethod
+    def workload(self) -> Workload:
+        """What will be run. UserError as for `job`."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, for ``--json``; bytes and seconds as numbers, all of them estimates."""
+
+    def _machine(self) -> Candidate:
         if self.chosen is None:
             raise UserError(self.refusal or Problem("the plan has no machine to run on"))
+        return self.chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningPlan(Plan):
+    """How a model is tuned."""
+
+    preset: Preset
+    tuner: Tuner
+    method: str
+    config: Mapping[str, Any]
+    """The tuner's complete configuration, the user's and the preset's wishes merged in."""
+    data: DataFacts | None = None
+    model_folder: str = ""
+
+    @property
+    def job(self) -> TuningJob:
+        """The job that the chosen machine would run. UserError when there is none."""
+        fit = self._machine().fit
         tuning = self.workspace.tuning
-        if tuning is None:  # plan() has refused it before
+        if tuning is None or not isinstance(fit, TuningFit):  # plan() has refused it before
             raise UserError("the workspace has nothing to tune", field="tuning")
         options = tuning.preset.preset_options
         pull = (*tuning.input.image_pull_secrets, *(options.image_pull_secrets if options else ()))
@@ -130,7 +131,7 @@ class Plan:
             preset=self.preset,
             method=self.method,
             config=self.config,
-            configuration=self.chosen.fit.configuration,
+            configuration=fit.configuration,
             data=DataInput(tuning.input.urls, tuning.input.volume_source, tuning.input.image),
             output_image=tuning.output.image,
             output_volume=tuning.output.volume_source,
@@ -152,22 +153,42 @@ class Plan:
         """The plan as plain data, for ``--json``; bytes and seconds as numbers, all of them estimates."""
         return {
             "workspace": self.workspace.metadata.name,
-            "model": {
-                "preset": self.preset.name,
-                "source": str(self.preset.source),
-                "licence": self.preset.licence,
-                "parameters": self.preset.architecture.parameters,
-            },
+            "task": "tuning",
+            "model": model_json(self.preset),
             "method": self.method,
             "by": self.by,
             "config": self.config,
             "data": asdict(self.data) if self.data else None,
-            "candidates": [_candidate_json(c, chosen=c is self.chosen) for c in self.candidates],
+            "candidates": [self._candidate_json(c) for c in self.candidates],
             "refusal": self.refusal.to_json() if self.refusal else None,
         }
 
+    def _candidate_json(self, candidate: Candidate) -> dict[str, Any]:
+        fit = candidate.fit
+        if not isinstance(fit, TuningFit):
+            raise TypeError(f"a tuner gave {type(fit).__name__}, not a TuningFit")
+        return {
+            **candidate_json(candidate, chosen=candidate is self.chosen),
+            "steps": fit.steps,
+            "tokens": fit.tokens,
+            "seconds": fit.seconds,
+            "estimates": ["memory", "steps", "tokens", "seconds", "cost"],
+        }
 
-def _candidate_json(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
+
+def model_json(preset: Preset) -> dict[str, Any]:
+    """What is said of a model in ``--json``."""
+    return {
+        "preset": preset.name,
+        "source": str(preset.source),
+        "licence": preset.licence,
+        "gated": preset.gated,
+        "parameters": preset.architecture.parameters or None,
+    }
+
+
+def candidate_json(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
+    """What is said of any machine in ``--json``."""
     offer, fit = candidate.offer, candidate.fit
     return {
         "chosen": chosen,
@@ -190,11 +211,7 @@ def _candidate_json(candidate: Candidate, *, chosen: bool) -> dict[str, Any]:
             "capacity": fit.capacity,
             "items": [asdict(item) for item in fit.memory.items],
         },
-        "steps": fit.steps,
-        "tokens": fit.tokens,
-        "seconds": fit.seconds,
         "notes": list(fit.notes),
-        "estimates": ["memory", "steps", "tokens", "seconds", "cost"],
     }
 
 
@@ -217,44 +234,63 @@ def requirements(workspace: Workspace) -> Requirements:
 
 
 def plan(workspace: Workspace, catalog: Catalog, by: By = "cost") -> Plan:
-    """What will be done for this workspace, on the cheapest machine or, ``by`` time, on the fastest.
+    """What will be done for this workspace, on the cheapest machine or, ``by`` time, on the fastest: its tuning where it has one
+    (`kaito_core.planning.serving.serving_after` plans what comes after), else its inference.
 
     Raises `UserError` with every problem at once when there is nothing to plan: an unknown preset or method, a model that
-    cannot be tuned so, a configuration with errors.
+    cannot be tuned or served so, a configuration with errors.
     """
+    if workspace.tuning is not None:
+        return _plan_tuning(workspace, catalog, by)
+    from kaito_core.planning.serving import plan_inference
+
+    return plan_inference(workspace, catalog, by)
+
+
+def _plan_tuning(workspace: Workspace, catalog: Catalog, by: By) -> TuningPlan:
     tuning = workspace.tuning
-    if tuning is None:
-        raise UserError(
-            "this workspace serves a model, and no installed plugin serves one"
-            if workspace.inference
-            else "there is nothing to plan: neither tuning nor inference is asked for",
-            "this version of kaito tunes models: give `tuning` with a preset, a method, input and output",
-            field="inference" if workspace.inference else "tuning",
-        )
+    assert tuning is not None
     found: list[Problem] = []
-    preset, tuner = _collect(
-        found, lambda: catalog.registry.preset(tuning.preset.name), lambda: catalog.registry.tuner(tuning.method)
+    preset, tuner, user = collect(
+        found,
+        lambda: catalog.registry.preset(tuning.preset.name),
+        lambda: catalog.registry.tuner(tuning.method),
+        lambda: _training_config(tuning.config, catalog),
     )
-    user = _collect(found, lambda: _user_config(tuning.config, catalog))[0]
     if preset is None or tuner is None or found:
         raise UserError(found)
-    method = tuning.method
-    refusal = None
+    method, refused = tuning.method, None
     with blamed_on(f"the tuner {tuner.name!r}"):
         config = tuner.resolve(preset, method, user)
-        job = _Job(preset, tuner, method, config, catalog.data)
+        task = _Training(preset, tuner, method, config, catalog.data)
         wanted, limit = requirements(workspace), workspace.resource.max_cost
-        candidates = _candidates(job, wanted, limit, catalog, by)
-        if all(c.rejected for c in candidates):
-            refusal = _refusal(job, wanted, candidates)
+        considered = candidates(task, wanted, limit, catalog.offers, catalog.installed, by)
+        if all(c.rejected for c in considered):
+            refused = refusal(task, wanted, considered)
+    return TuningPlan(
+        workspace=workspace,
+        candidates=considered,
+        refusal=refused,
+        by=by,
+        preset=preset,
+        tuner=tuner,
+        method=method,
+        config=config,
+        data=catalog.data,
+        model_folder=model_folder(workspace, preset, catalog),
+    )
+
+
+def model_folder(workspace: Workspace, preset: Preset, catalog: Catalog) -> str:
+    """The folder with the model's weights on the machine that runs it; empty when they are fetched."""
     folder = catalog.model_folders.get(preset.name, "")
     if not folder and workspace.metadata.annotations.get(LOCAL_WEIGHTS, "").lower() == "true":
         folder = f"/opt/kaito/models/{preset.name}"  # KAITO's place for them, 1.3 of its annotations
-    return Plan(workspace, preset, tuner, method, config, candidates, catalog.data, folder, refusal, by)
+    return folder
 
 
-def _collect(found: list[Problem], *questions: Any) -> list[Any]:
-    """Ask everything before giving up, so that a person sees all that is wrong."""
+def collect(found: list[Problem], *questions: Callable[[], Any]) -> list[Any]:
+    """Ask everything before giving up, so that a person sees all that is wrong: the answers, None for those with a problem."""
     answers = []
     for ask in questions:
         try:
@@ -265,31 +301,35 @@ def _collect(found: list[Problem], *questions: Any) -> list[Any]:
     return answers
 
 
-def _user_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
-    """The ``training_config`` sections of the named ConfigMap; None for the defaults."""
-    if not name:
-        return None
+def is_default(name: str, built_in: Iterable[str], catalog: Catalog) -> bool:
+    """Whether this name of a ConfigMap asks for the defaults: none at all, or one of KAITO's own that nobody has replaced."""
+    return not name or (name in built_in and name not in catalog.config_maps)
+
+
+def read_config(name: str, key: str, field: str, catalog: Catalog) -> Any:
+    """The YAML below ``key`` of the named ConfigMap. UserError with ``field`` when it cannot be had."""
     if name not in catalog.config_maps:
-        if name in BUILT_IN_CONFIGS:
-            return None
         raise UserError(
             f"the ConfigMap {name!r} is not there",
-            "put it into the same file as another document (kind: ConfigMap), or leave `tuning.config` out for the defaults",
-            field="tuning.config",
+            f"put it into the same file as another document (kind: ConfigMap), or leave `{field}` out for the defaults",
+            field=field,
         )
     import yaml
 
-    text = catalog.config_maps[name].get(CONFIG_KEY)
+    text = catalog.config_maps[name].get(key)
     if text is None:
-        raise UserError(
-            f"the ConfigMap {name!r} has no key {CONFIG_KEY!r}",
-            f"its data needs `{CONFIG_KEY}: |`",
-            field="tuning.config",
-        )
+        raise UserError(f"the ConfigMap {name!r} has no key {key!r}", f"its data needs `{key}: |`", field=field)
     try:
-        parsed = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise UserError(f"{CONFIG_KEY} of the ConfigMap {name!r} is not YAML: {e}", field="tuning.config") from e
+        raise UserError(f"{key} of the ConfigMap {name!r} is not YAML: {e}", field=field) from e
+
+
+def _training_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
+    """The ``training_config`` sections of the named ConfigMap; None for the defaults."""
+    if is_default(name, BUILT_IN_CONFIGS, catalog):
+        return None
+    parsed = read_config(name, CONFIG_KEY, "tuning.config", catalog)
     if (
         not isinstance(parsed, dict)
         or set(parsed) != {"training_config"}
@@ -303,9 +343,8 @@ def _user_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
     return dict(parsed["training_config"])
 
 
-class _Job:
-    """What is to be run, and how it fits machines. A fit depends on what is in a machine, not on where it stands and what it
-    costs: the same one in fifty regions is looked at once."""
+class _Training:
+    """A tuning and how it fits machines, as a `kaito_core.planning.placement.Task`."""
 
     def __init__(
         self, preset: Preset, tuner: Tuner, method: str, config: Mapping[str, Any], data: DataFacts | None
@@ -314,14 +353,7 @@ class _Job:
         self._fits: dict[Any, TuningFit] = {}
 
     def fit(self, offer: Offer) -> TuningFit:
-        gpu = offer.gpu
-        # Not the record itself: it would be hashed anew for every machine.
-        key = (
-            gpu and (gpu.model, gpu.memory, gpu.compute_capability, gpu.vendor),
-            offer.gpus,
-            offer.cpus,
-            offer.memory,
-        )
+        gpu, key = offer.gpu, same_fit(offer)
         known = self._fits.get(key)
         if known is None:
             known = self.tuner.fit(self.preset, self.method, self.config, offer, self.data)
@@ -333,159 +365,6 @@ class _Job:
             self._fits[key] = known
         return known
 
-    def smaller(self) -> Iterable[tuple[str, _Job]]:
-        """The same with less memory, the least painful change first."""
+    def smaller(self) -> Iterable[tuple[str, _Training]]:
         for change in self.tuner.smaller(self.preset, self.method, self.config):
-            yield change.description, _Job(self.preset, self.tuner, change.method, change.config, self.data)
-
-
-def _candidates(
-    job: _Job, wanted: Requirements, max_cost: float | None, catalog: Catalog, by: By
-) -> tuple[Candidate, ...]:
-    named = {t.lower() for t in wanted.instance_types}
-    instead = functools.cache(lambda cloud: _replacement(job, wanted, max_cost, cloud))
-    considered = []
-    for offer in catalog.offers:
-        fit = job.fit(offer)
-        cost = cost_of(offer, wanted.count, fit.seconds)
-        if offer.is_local:
-            why = "it is here, and costs nothing more"
-        elif offer.instance_type.lower() in named:
-            why = f"named in resource.instanceType{'s' if len(named) > 1 else ''}"
-        else:
-            why = "it can be had"
-        rejected = _rejection(offer, fit, wanted, max_cost, cost) or unobtainable(offer, catalog.installed)
-        if (
-            rejected
-            and offer.instance_type.lower() in named
-            and _is_retired(offer)
-            and (better := instead(offer.cloud))
-        ):
-            rejected += f"; the cheapest that fits instead is {better}"
-        considered.append(Candidate(offer, fit, why, rejected, cost))
-    return tuple(in_order(considered, wanted, by))
-
-
-def _rejection(offer: Offer, fit: TuningFit, wanted: Requirements, max_cost: float | None, cost: float | None) -> str:
-    reason = offer.retired or catalogue.obstacle(offer) or mismatch(offer, wanted)
-    if not reason and not fit.fits:
-        reason = f"needs {gib(fit.memory.total)}, has {gib(fit.capacity)}"
-    return reason or too_dear(offer, wanted, max_cost, cost)
-
-
-def _is_retired(offer: Offer) -> bool:
-    """Whether its cloud gives it up. One that is there already goes on being used."""
-    known = catalogue.instance_types().get(offer.instance_type.lower())
-    return not is_free(offer) and known is not None and bool(known.retired)
-
-
-def _replacement(job: _Job, wanted: Requirements, max_cost: float | None, cloud: str) -> str:
-    """The cheapest machine of that cloud that could take the job in place of one that can no longer be had."""
-    anything = replace(wanted, instance_types=())
-    found = []
-    for offer in catalogue.offers(cloud, wanted.regions, wanted.capacity_types):
-        fit = job.fit(offer)
-        cost = cost_of(offer, wanted.count, fit.seconds)
-        if offer.price and not _rejection(offer, fit, anything, max_cost, cost):
-            found.append(Candidate(offer, fit, "", "", cost))
-    if not found:
-        return ""
-    return _priced(in_order(found, anything, "cost")[0].offer)
-
-
-def _priced(offer: Offer) -> str:
-    """``Standard_NC4as_T4_v3 (1×T4, $0.53 an hour in eastus)``."""
-    if offer.price is None:
-        return str(offer)
-    where = f" in {offer.region}" if offer.region else ""
-    spot = " as spot" if offer.capacity_type == "spot" else ""
-    return f"{str(offer).removesuffix(')')}, {money(offer.price.per_hour)} an hour{where}{spot})"
-
-
-SHOWN = 5
-"""Reasons in a refusal; the rest is counted."""
-
-
-def _refusal(job: _Job, wanted: Requirements, candidates: Iterable[Candidate]) -> Problem:
-    """Says that nothing fits, why, and the least that would have to change."""
-    tried = list(candidates)
-    odd = _unheard_of(wanted)
-    if not tried:
-        return Problem(
-            "no machine is known that could run this",
-            odd or "name an instance type in resource.instanceType, or use --local",
-            field="resource.instanceType",
-        )
-    # What is only in the catalogue was not asked for, unless it was named.
-    named = {t.lower() for t in wanted.instance_types}
-    told = [c for c in tried if c.offer.provisioner or c.offer.instance_type.lower() in named] or tried
-    reasons = "; ".join(dict.fromkeys(f"{c.offer}: {c.rejected}" for c in told[:SHOWN]))
-    if len(told) > SHOWN:
-        reasons += f"; and {len(told) - SHOWN} more"
-    known = next((c for c in tried if only_known(c.rejected)), None)
-    dear = next((c.offer for c in tried if c.fit.fits and c.offer.price and _only_dear(c, wanted)), None)
-    smaller = _smallest_change(job, wanted, tried)
-    fits_somewhere = any(c.fit.fits and c.offer.provisioner for c in tried)
-    larger = "" if fits_somewhere or dear else _smallest_machine(job, tried[0].offer.cloud)
-    remedies = [
-        odd,
-        f"it fits {smaller}" if smaller else "",
-        f"the cheapest that fits is {_priced(dear)}" if dear else "",
-        f"as it stands, the smallest machine is {larger}" if larger else "",
-        f"{_priced(known.offer)} would do: {known.rejected}" if known else "",
-    ]
-    remedy = "; ".join(r for r in remedies if r) or "no known machine is large enough"
-    if fits_somewhere and not any(remedies):
-        remedy = "ask for less in resource, or install a plugin that gets such a machine"
-    return Problem(reasons, remedy, field="resource.instanceType")
-
-
-def _unheard_of(wanted: Requirements) -> str:
-    """A GPU or a region that is asked for and that no cloud has, as far as is known; most likely a slip of the pen."""
-    models = {o.gpu.model: o.gpu for o in catalogue.instance_types().values() if o.gpu}
-    if wanted.gpu_model and not any(is_model(gpu, wanted.gpu_model) for gpu in models.values()):
-        close = difflib.get_close_matches(wanted.gpu_model.upper(), models, n=2, cutoff=0.4)
-        meant = f"; did you mean {' or '.join(close)}?" if close else ""
-        return f"no known GPU is called {wanted.gpu_model}{meant} (kaito catalog lists them)"
-    for region in wanted.regions:
-        if not any(catalogue.is_region(cloud, region) for cloud in catalogue.CLOUDS):
-            close = difflib.get_close_matches(region, catalogue.known_regions(), n=2)
-            meant = f"; did you mean {' or '.join(close)}?" if close else ""
-            return f"no known region is called {region}{meant}"
-    return ""
-
-
-def _only_dear(candidate: Candidate, wanted: Requirements) -> bool:
-    """Whether a limit of cost is all that keeps the machine from being taken."""
-    offer = candidate.offer
-    return not (offer.retired or not offer.provisioner or catalogue.obstacle(offer) or mismatch(offer, wanted))
-
-
-def _smallest_change(job: _Job, wanted: Requirements, tried: Iterable[Candidate]) -> str:
-    """The least painful change with which the job fits one of the machines that were considered and are too small."""
-    here = [
-        c.offer
-        for c in tried
-        if c.offer.provisioner and not c.offer.retired and not c.fit.fits and not mismatch(c.offer, wanted)
-    ]
-    for description, changed in job.smaller() if here else ():
-        for offer in here:
-            fit = changed.fit(offer)
-            if fit.fits:
-                needs = f"needs {gib(fit.memory.total)} of {gib(fit.capacity)}"
-                return f"{offer.instance_type} with {description} ({needs})"
-    return ""
-
-
-def _smallest_machine(job: _Job, cloud: str) -> str:
-    """The known machine with the least GPU memory that fits, of the same cloud where one is known."""
-    known = [
-        m.offer
-        for m in catalogue.machines().values()
-        if not m.offer.retired and not m.obstacle and (not cloud or m.offer.cloud == cloud)
-    ]
-    for offer in sorted(known, key=lambda o: (o.gpus * o.device_memory, o.cpus, o.instance_type)):
-        fit = job.fit(offer)
-        if fit.fits:
-            return f"{offer} (needs {gib(fit.memory.total)} of {gib(fit.capacity)})"
-    return ""
+            yield change.description, _Training(self.preset, self.tuner, change.method, change.config, self.data)

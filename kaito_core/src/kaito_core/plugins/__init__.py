@@ -38,6 +38,7 @@ from kaito_core.plugins.types import (
     Tuner,
     TuningFit,
     Unsupported,
+    Watched,
     normalised,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "Tuner",
     "TuningFit",
     "Unsupported",
+    "Watched",
     "hookimpl",
     "normalised",
 ]

@@ -16,13 +16,17 @@ KNOWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "kaito-preset-community": {
         "presets": (
             "deepseek-*",
-            "falcon-*",
             "gemma-*",
+            "glm-*",
             "gpt-oss-*",
+            "granite-*",
+            "kimi-*",
             "llama-*",
+            "minimax-*",
             "ministral-*",
             "mistral-*",
-            "phi-2",
+            "nemotron-*",
+            "nvidia-nemotron-*",
             "qwen*",
         )
     },

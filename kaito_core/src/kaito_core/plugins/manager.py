@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,9 @@ __all__ = ["PluginManager", "PluginStatus", "load_plugins"]
 
 GROUP = "kaito"
 CORE = "kaito-core"
+
+_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?\Z")
+"""``org/name`` of a hub, which no preset's own name can look like."""
 
 T = TypeVar("T")
 
@@ -95,8 +99,9 @@ class PluginManager:
         return self._all(PRESETS)
 
     def preset(self, name: str, *, field: str = "tuning.preset.name") -> Preset:
-        """The preset of this name or alias. UserError with ``field`` when there is none, or more than one."""
-        return self._one(PRESETS, name, field)
+        """The preset of this name or alias, or whose model is ``org/name`` (and at this revision, with ``@revision``).
+        UserError with ``field`` when there is none, or more than one."""
+        return self._of_model(name, field) if _MODEL.match(name.strip()) else self._one(PRESETS, name, field)
 
     def methods(self) -> dict[str, Tuner]:
         """Every tuning method, and who knows it."""
@@ -184,6 +189,21 @@ class PluginManager:
         if len(providers) > 1:
             raise UserError(_conflict(kind, wanted, [p for p, _ in providers], field))
         return providers[0][1]
+
+    def _of_model(self, model: str, field: str) -> Preset:
+        wanted, _, revision = model.strip().partition("@")
+        found = [
+            p
+            for p in self.presets().values()
+            if p.source.hub.lower() == wanted.lower() and revision in ("", p.source.revision)
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = " and ".join(sorted(p.name for p in found))
+            raise UserError(f"the model {model!r:.200} is that of the presets {names}", "name one of them", field=field)
+        remedy = "`kaito plugins` says which presets there are"
+        raise UserError(f"no installed plugin has a preset for the model {model!r:.200}", remedy, field=field)
 
     def _not_installed(self) -> list[Problem]:
         import difflib

@@ -47,21 +47,26 @@ def normalised(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the weights and the tokenizer come from: a hub repository at a pinned revision, or files inside a package."""
+    """Where the weights and the tokenizer come from: a hub repository at a pinned revision, files inside a package, or a folder
+    on this machine. Exactly one of ``hub``, ``package`` and ``folder`` is given."""
 
     hub: str = ""
     """``org/name`` on the Hugging Face hub."""
     revision: str = ""
-    """The commit that the numbers of the preset were read from."""
+    """The commit that the numbers of the preset were read from; of a folder ``sha256:`` and a digest of what was read."""
     package: str = ""
     """An importable package that ships the files (``kaito_preset_demo``); ``path`` is the folder inside it."""
     path: str = ""
+    folder: str = ""
+    """A folder of this machine. It means nothing elsewhere: what is handed over never names it."""
 
     def __post_init__(self) -> None:
-        if bool(self.hub) == bool(self.package):
-            raise ValueError("a model source is either a hub repository or a package, and one of them")
+        if sum(map(bool, (self.hub, self.package, self.folder))) != 1:
+            raise ValueError("a model source is a hub repository, a package or a folder, and exactly one of them")
 
     def __str__(self) -> str:
+        if self.folder:
+            return f"the folder {self.folder}"
         return f"{self.hub}@{self.revision[:12]}" if self.hub else f"the package {self.package}"
 
 
@@ -321,16 +326,31 @@ class Transient(ProvisioningError):
         """Seconds that the cloud asks to wait; None when it says nothing of it."""
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A kind of object that a provisioner looks at often. A host that works for long keeps a cache of it, and looks at a Workspace
+    again as soon as an object with its labels (`NodeRequest.tags`) changes. It may be missing in the cluster."""
+
+    kind: Kind
+    namespace: str = ""
+    """Only there; empty: everywhere."""
+    fields: str = ""
+    """A field selector: only these are kept, and seen by the provisioner."""
+    index: str = ""
+    """The label that objects are looked up by."""
+
+
 class Cluster(Protocol):
-    """The cluster that a provisioner works for. Nodes are read from the host's cache; everything is a plain dict."""
+    """The cluster that a provisioner works for. Nodes, and what `NodeProvisioner.watches` names, come from the host's cache where it
+    has one; what was applied through here is seen at once. Everything is a plain dict, and nobody changes it."""
 
     def get(self, kind: Kind, name: str, namespace: str = "") -> Mapping[str, Any] | None:
         """One object; None when there is none."""
 
     def list(
-        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None, *, fresh: bool = False
     ) -> Iterable[Mapping[str, Any]]:
-        """The objects with these labels."""
+        """The objects with these labels; ``fresh``: asked of the API server itself, before something is said to be gone."""
 
     def apply(self, kind: Kind, obj: Mapping[str, Any]) -> Mapping[str, Any]:
         """Server-side apply: make it so, whether it was there or not."""
@@ -350,6 +370,9 @@ class NodeProvisioner(ABC):
     let go before `release` says ``absent``."""
     patience: ClassVar[float] = 1800.0
     """Seconds that a request may be ``pending`` before it is given up and the next offer is tried."""
+
+    watches: ClassVar[tuple[Watched, ...]] = ()
+    """What it looks at in the cluster besides Nodes, time and again."""
 
     def attach(self, cluster: Cluster) -> None:  # noqa: B027 – only those that need a cluster say so
         """Called once, before anything else, by a host that works on a cluster. Does no I/O."""
@@ -581,7 +604,12 @@ class InferenceRuntime(ABC):
 
     @abstractmethod
     def fit(
-        self, preset: Preset, config: Mapping[str, Any], offer: Offer, machines: int, adapters: tuple[ServedAdapter, ...]
+        self,
+        preset: Preset,
+        config: Mapping[str, Any],
+        offer: Offer,
+        machines: int,
+        adapters: tuple[ServedAdapter, ...],
     ) -> ServingFit:
         """The best layout on so many of these machines; when none fits, the smallest one, whose ``fits`` is False."""
 

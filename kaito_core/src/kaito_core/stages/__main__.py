@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 
-from kaito_core.stages.process import run_stage
+from kaito_core.stages.process import SERVING, TUNING, run_stage
 
-NAMES = ("fetch", "check", "push")
+NAMES = ("fetch", "check", "push", "fetch-model", "check-model")
+_OF_SERVING = "-model"
+"""Ends the names of an endpoint's stages; in its workload, and in its events, they are called ``fetch`` and ``check`` as well."""
 
 
 def main(arguments: list[str]) -> int:
@@ -15,7 +17,10 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m kaito_core.stages {'|'.join(NAMES)}", file=sys.stderr)
         return 2
     name = arguments[0]
-    return run_stage(name, importlib.import_module(f"kaito_core.stages.{name}").body)
+    body = importlib.import_module(f"kaito_core.stages.{name.replace('-', '_')}").body
+    if name.endswith(_OF_SERVING):
+        return run_stage(name.removesuffix(_OF_SERVING), body, SERVING)
+    return run_stage(name, body, TUNING)
 
 
 if __name__ == "__main__":

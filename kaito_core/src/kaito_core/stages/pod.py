@@ -33,7 +33,6 @@ from kaito_core.problems import Failure, KaitoError, UserError
 from kaito_core.stages.child import argv, failure_of, result_of
 from kaito_core.stages.process import of_the_system
 from kaito_core.stages.registry_secrets import KEY, auths, write_docker_config
-from kaito_core.workloads.job import Folders
 from kaito_core.workloads.pod import HUB_SECRET, INIT_STAGES, REGISTRY_SECRETS, SECRETS, STAGES_FILE, USER, read_stages
 from kaito_core.workloads.workload import Stage
 
@@ -170,7 +169,10 @@ _MADE = "the controller makes it: delete the Workspace's job, and it is made ane
 
 
 def _results_folder() -> Path:
-    results = Folders.from_env().results
+    path = os.environ.get("KAITO_RESULTS", "")
+    if not path:
+        raise UserError("the environment variable KAITO_RESULTS does not say where the results go", _MADE)
+    results = Path(path)
     try:
         results.mkdir(parents=True, exist_ok=True)
         written = os.access(results, os.W_OK)

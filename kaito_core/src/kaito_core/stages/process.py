@@ -9,13 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from kaito_core import progress
-from kaito_core.problems import Failure, KaitoError, Problem
+from kaito_core.problems import Failure, KaitoError, Problem, UserError
 from kaito_core.progress import Progress, Silent
 from kaito_core.workloads.job import Folders, TuningJob
+from kaito_core.workloads.serving import ServingJob
 
 
 class Interrupted(Exception):
@@ -26,20 +28,62 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
-Body = Callable[[TuningJob, Folders, Progress], Mapping[str, Any] | None]
+@dataclass(frozen=True, slots=True)
+class ServingFolders:
+    """Where a stage of an endpoint finds its mounts."""
+
+    weights: Path
+    adapters: Path
+    results: Path
+
+    @staticmethod
+    def from_env() -> ServingFolders:
+        names = ("KAITO_WEIGHTS", "KAITO_ADAPTERS", "KAITO_RESULTS")
+        missing = [n for n in names if not os.environ.get(n)]
+        if missing:
+            raise UserError(
+                f"the environment does not say where the endpoint's folders are: {', '.join(missing)} unset",
+                "servers are started by `kaito run` or by the controller",
+            )
+        return ServingFolders(*(Path(os.environ[n]) for n in names))
 
 
-def run_stage(name: str, body: Body) -> int:
-    """Run ``body`` as the stage ``name``; the process's exit code.
+class _HasResults(Protocol):
+    @property
+    def results(self) -> Path: ...
+
+
+Job = TypeVar("Job")
+Places = TypeVar("Places", bound=_HasResults)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[Job, Places]):
+    """What a stage belongs to: how its job is read, and where its folders are."""
+
+    load: Callable[[], Job]
+    folders: Callable[[], Places]
+
+
+TUNING = Kind(TuningJob.load, Folders.from_env)
+SERVING = Kind(ServingJob.load, ServingFolders.from_env)
+
+
+def run_stage(
+    name: str,
+    body: Callable[[Job, Places, Progress], Mapping[str, Any] | None],
+    kind: Kind[Job, Places] = TUNING,  # type: ignore[assignment]  # a default for a type variable
+) -> int:
+    """Run ``body`` as the stage ``name`` of a job of this kind; the process's exit code.
 
     What ``body`` returns becomes the ``finished`` event. A `KaitoError` becomes the ``failed`` event and its exit code;
     anything else is a bug or a broken machine: its traceback goes to the log, one line of it to the user.
     """
     try:
-        folders = Folders.from_env()
+        folders = kind.folders()
         # torchrun numbers the processes of a stage that has several.
-        kind = Progress if os.environ.get("RANK", "0") == "0" else Silent
-        events = kind(folders.results / progress.FILE_NAME, name)
+        voice = Progress if os.environ.get("RANK", "0") == "0" else Silent
+        events = voice(folders.results / progress.FILE_NAME, name)
     except KaitoError as e:
         print(e, file=sys.stderr)
         return e.exit_code
@@ -48,7 +92,7 @@ def run_stage(name: str, body: Body) -> int:
         return 1
     try:
         events.emit("started")
-        result = body(TuningJob.load(), folders, events)
+        result = body(kind.load(), folders, events)
         events.emit("finished", **(result or {}))
         return 0
     except KaitoError as e:
@@ -84,5 +128,6 @@ def of_the_system(error: OSError) -> Failure:
 
 
 def cache() -> Path:
-    """Where downloads are kept by content; ``$KAITO_CACHE``, else below the data folder."""
-    return Path(os.environ.get("KAITO_CACHE") or Path(os.environ["KAITO_DATA"]) / ".cache")
+    """Where downloads are kept by content; ``$KAITO_CACHE``, else below the folder that the data, or the weights, go to."""
+    beside = os.environ.get("KAITO_DATA") or os.environ["KAITO_WEIGHTS"]
+    return Path(os.environ.get("KAITO_CACHE") or Path(beside) / ".cache")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kaito_core.models.files import UNKNOWN_LICENCE
 from kaito_core.problems import Failure
 from kaito_core.progress import Progress
 from kaito_core.workloads.job import Folders, TuningJob
@@ -66,8 +67,8 @@ def provenance(job: TuningJob, results: Path) -> dict[str, str]:
     source = job.preset.source
     found = {
         "org.opencontainers.image.title": job.name,
-        "org.opencontainers.image.licenses": job.preset.licence,
-        "sh.kaito.base.name": source.hub or source.package,
+        "org.opencontainers.image.licenses": "" if job.preset.licence == UNKNOWN_LICENCE else job.preset.licence,
+        "sh.kaito.base.name": source.hub or source.package or job.preset.name,
         "sh.kaito.base.revision": source.revision,
         "sh.kaito.tuning.method": job.method,
         "sh.kaito.data.digest": _read(results / "prepared" / "doctor.json").get("digest", ""),

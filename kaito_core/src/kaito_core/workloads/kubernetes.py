@@ -54,6 +54,9 @@ CONFIG_BYTES: Final = 1 << 20
 NAME: Final = 63
 """Characters of a label, which a job's name becomes on its pods."""
 
+CACHE: Final = "/mnt/cache"
+"""Where downloads are kept by content."""
+
 RESULTS: Final = "results"
 """The mount whose content is worth keeping: checkpoints, the adapter, what is done."""
 
@@ -73,11 +76,11 @@ def job_name(workspace_name: str) -> str:
 
 
 def config_name(workspace_name: str, revision: Revision) -> str:
-    return _fitting(workspace_name, f"-job-{revision.hash[:5]}")
+    return fitting(workspace_name, f"-job-{revision.hash[:5]}")
 
 
 def results_claim_name(workspace_name: str) -> str:
-    return _fitting(workspace_name, "-results")
+    return fitting(workspace_name, "-results")
 
 
 def config_map(workload: Workload, *, namespace: str, owner: Object, revision: Revision) -> Object:
@@ -94,7 +97,7 @@ def config_map(workload: Workload, *, namespace: str, owner: Object, revision: R
     return {
         "apiVersion": CONFIG_MAPS.api_version,
         "kind": CONFIG_MAPS.kind,
-        "metadata": _metadata(config_name(workload.name, revision), namespace, owner, revision, workload),
+        "metadata": metadata_of(config_name(workload.name, revision), namespace, owner, revision, workload),
         "immutable": True,
         "data": data,
     }
@@ -136,45 +139,18 @@ def job(
     ``checkpoints`` is a volume source for the results, which outlive the pod there, in the folder NAMESPACE/NAME; without
     one they are in the pod's scratch space. ``image`` is for workloads that name none, ``env`` for every pod: what the
     workload says itself comes before it."""
-    pod = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "tolerations": [*GPU_TOLERATIONS, *_gone_node_tolerations()],
-        "initContainers": [],
-        "containers": [],
-        "volumes": _volumes(workload, revision, checkpoints),
-    }
-    pod["affinity"] = _affinity(selector, workload.name, namespace)
-    if image_pull_secrets:
-        pod["imagePullSecrets"] = [{"name": n} for n in image_pull_secrets]
-    first = [s for s in workload.stages if s.name in INIT_STAGES]
-    then = [s for s in workload.stages if s.name not in INIT_STAGES]
-    common = {
-        "image": workload.image or image,
-        "env": _environment({**(env or {}), **_places(workload, namespace, checkpoints)}, workload),
-        "volumeMounts": _mounts(workload),
-    }
-    pod["initContainers"] = [_container(stage.name, [stage], common) for stage in first]
-    main = _container(_main_name(workload.name), then, common)
-    if workload.gpus:
-        # Neither CPU nor memory is asked for: how much a training takes of them nobody has measured for this model and this
-        # machine, and a guess would keep the pod off machines that can run it. The GPU is what the machine was chosen for.
-        main["resources"] = {
-            "requests": {GPU_RESOURCE: str(workload.gpus)},
-            "limits": {GPU_RESOURCE: str(workload.gpus)},
-        }
-    pod["containers"] = [main]
-    metadata = _metadata(job_name(workload.name), namespace, owner, revision, workload)
+    pod = pod_spec(
+        workload,
+        namespace=namespace,
+        revision=revision,
+        selector=selector,
+        results=checkpoints,
+        image=image,
+        image_pull_secrets=image_pull_secrets,
+        env=env,
+    )
+    pod["restartPolicy"] = "Never"
+    metadata = metadata_of(job_name(workload.name), namespace, owner, revision, workload)
     return {
         "apiVersion": JOBS.api_version,
         "kind": JOBS.kind,
@@ -201,10 +177,62 @@ def job(
     }
 
 
+def pod_spec(
+    workload: Workload,
+    *,
+    namespace: str,
+    revision: Revision,
+    selector: Mapping[str, str],
+    results: Mapping[str, Any] | None,
+    image: str,
+    image_pull_secrets: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    cache: Mapping[str, Any] | None = None,
+) -> Object:
+    """The spec of a pod that runs the workload's stages; ``results`` and ``cache`` are volume sources for what shall outlive it."""
+    pod: Object = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "tolerations": [*GPU_TOLERATIONS, *_gone_node_tolerations()],
+        "affinity": affinity(selector, workload.name, namespace),
+        "volumes": _volumes(workload, revision, results, cache),
+    }
+    if image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": n} for n in image_pull_secrets]
+    first = [s for s in workload.stages if s.name in INIT_STAGES]
+    then = [s for s in workload.stages if s.name not in INIT_STAGES]
+    common = {
+        "image": workload.image or image,
+        "env": _environment({**(env or {}), **_places(workload, namespace, results)}, workload),
+        "volumeMounts": _mounts(workload, cache),
+    }
+    pod["initContainers"] = [_container(stage.name, [stage], common) for stage in first]
+    main = _container(_main_name(workload.name), then, common)
+    if workload.gpus:
+        # Neither CPU nor memory is asked for: how much a training takes of them nobody has measured for this model and this
+        # machine, and a guess would keep the pod off machines that can run it. The GPU is what the machine was chosen for.
+        main["resources"] = {
+            "requests": {GPU_RESOURCE: str(workload.gpus)},
+            "limits": {GPU_RESOURCE: str(workload.gpus)},
+        }
+    pod["containers"] = [main]
+    return pod
+
+
 # --- parts
 
 
-def _metadata(name: str, namespace: str, owner: Object, revision: Revision, workload: Workload) -> Object:
+def metadata_of(name: str, namespace: str, owner: Object, revision: Revision, workload: Workload) -> Object:
+    """The metadata of an object that belongs to ``owner`` and goes with it."""
     return {
         "name": name,
         "namespace": namespace,
@@ -254,7 +282,7 @@ def _environment(given: Mapping[str, str], workload: Workload) -> list[Object]:
         "HF_HOME": "/tmp/cache/huggingface",  # noqa: S108
         "TRITON_CACHE_DIR": "/tmp/cache/triton",  # noqa: S108
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/cache/inductor",  # noqa: S108
-        "KAITO_CACHE": "/mnt/cache",
+        "KAITO_CACHE": CACHE,
         **given,
         **workload.env,
     }
@@ -266,7 +294,9 @@ def _environment(given: Mapping[str, str], workload: Workload) -> list[Object]:
     return [{"name": k, "value": v.replace("$", "$$")} for k, v in env.items()]
 
 
-def _volumes(workload: Workload, revision: Revision, checkpoints: Mapping[str, Any] | None) -> list[Object]:
+def _volumes(
+    workload: Workload, revision: Revision, checkpoints: Mapping[str, Any] | None, cache: Mapping[str, Any] | None
+) -> list[Object]:
     config = {"name": config_name(workload.name, revision)}
     volumes: list[Object] = [
         {"name": "config-volume", "configMap": config},
@@ -274,6 +304,8 @@ def _volumes(workload: Workload, revision: Revision, checkpoints: Mapping[str, A
         {"name": "scratch", "emptyDir": {}},
         {"name": "docker-config", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
     ]
+    if cache:
+        volumes.append({"name": "cache-volume", **cache})
     for mount in workload.mounts:
         source = checkpoints if mount.name == RESULTS and checkpoints else mount.source
         volumes.append({"name": _volume_name(mount), **(source or {"emptyDir": {}})})
@@ -288,13 +320,15 @@ def _volumes(workload: Workload, revision: Revision, checkpoints: Mapping[str, A
     return volumes
 
 
-def _mounts(workload: Workload) -> list[Object]:
+def _mounts(workload: Workload, cache: Mapping[str, Any] | None) -> list[Object]:
     config = _config_folder(workload)
     mounts: list[Object] = [
         {"name": "config-volume", "mountPath": config, "readOnly": True},
         {"name": "dshm", "mountPath": "/dev/shm"},  # noqa: S108 – shared memory of the processes of one training
         {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # noqa: S108
-        {"name": "scratch", "mountPath": "/mnt/cache", "subPath": "cache"},
+        {"name": "cache-volume", "mountPath": CACHE}
+        if cache
+        else {"name": "scratch", "mountPath": CACHE, "subPath": "cache"},
         {"name": "docker-config", "mountPath": DOCKER_CONFIG},
     ]
     for path in workload.files:
@@ -318,7 +352,7 @@ def _volume_name(mount: Mount) -> str:
     return f"{mount.name}-volume"
 
 
-def _affinity(selector: Mapping[str, str], name: str, namespace: str) -> Object:
+def affinity(selector: Mapping[str, str], name: str, namespace: str) -> Object:
     """On nodes with these labels that nobody got for himself, or that were got for this very Workspace: one that was got for
     another goes when that one has ended."""
     wanted = [_in(k, v) for k, v in sorted(selector.items())]
@@ -361,7 +395,7 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _NOT_KEY = re.compile(r"[^A-Za-z0-9._-]")
 
 
-def _fitting(name: str, suffix: str) -> str:
+def fitting(name: str, suffix: str) -> str:
     """``name`` and ``suffix`` within the length of a label; a name that is too long ends in a digest of itself."""
     room = NAME - len(suffix)
     if len(name) <= room:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kaito_core.plugins.types import Preset, ServedAdapter, ServingConfiguration
 from kaito_core.problems import UserError
 from kaito_core.workloads.job import Secrets, digest_of
-from kaito_core.workloads.workload import Endpoint, Mount, Stage, Workload
+from kaito_core.workloads.workload import Endpoint, Mount, Stage, Workload, local_model
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -108,12 +108,14 @@ def serving_workload(
         image=image,
         stages=(
             Stage("fetch", (*core, "fetch-model"), key),
-            Stage("check", (*core, "check-model"), key),
+            Stage("check", (*core, "check-model"), digest_of("check", key, asdict(job.preset), job.config)),
             Stage("serve", serve, "", gpu),
         ),
         mounts=(
             Mount("weights", "/workspace/weights", "KAITO_WEIGHTS"),
             Mount("adapters", ADAPTERS, "KAITO_ADAPTERS"),
+            Mount("results", "/mnt/results", "KAITO_RESULTS"),
+            *local_model(job.model_folder),
             *(
                 Mount(
                     f"adapter-{number}",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kaito_core.workloads.job import TuningJob, digest_of
-from kaito_core.workloads.workload import Mount, Stage, Workload
+from kaito_core.workloads.workload import Mount, Stage, Workload, local_model
 
 JOB_PATH = "/mnt/config/job.json"
 
@@ -41,6 +41,7 @@ def tuning_workload(
         Mount("data", "/mnt/data", "KAITO_DATA", job.data.volume, read_only=job.data.volume is not None),
         Mount("weights", "/workspace/weights", "KAITO_WEIGHTS"),
         Mount("results", "/mnt/results", "KAITO_RESULTS"),
+        *local_model(job.model_folder),
     ]
     if job.output_volume is not None:
         mounts.append(Mount("destination", "/mnt/output", "KAITO_DESTINATION", job.output_volume))

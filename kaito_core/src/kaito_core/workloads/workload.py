@@ -68,3 +68,11 @@ class Workload:
     annotations: Mapping[str, str] = field(default_factory=dict)
     endpoint: Endpoint | None = None
     """Of a workload that serves: its last stage does not end by itself. None for one that ends."""
+
+
+def local_model(folder: str) -> tuple[Mount, ...]:
+    """The folder with a model's files on the machine that runs the workload, seen under its own path; nothing without one."""
+    if not folder:
+        return ()
+    source = {"hostPath": {"path": folder, "type": "Directory"}}
+    return (Mount("model", folder, "KAITO_MODEL_FOLDER", source, read_only=True),)

@@ -36,6 +36,7 @@ def kaito_presets() -> Iterator[Preset]:
             lora_targets=tuple(architecture.linears),
             dtype=data["dtype"],
             description=preset["description"],
+            inference=preset.get("inference", {}),
         )
 
 

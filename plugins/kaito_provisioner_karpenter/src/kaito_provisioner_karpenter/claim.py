@@ -10,14 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from kaito_core.api.labels import RESERVED_SELECTOR_KEYS
+from kaito_core.api.labels import REQUEST, RESERVED_SELECTOR_KEYS
 from kaito_core.plugins.types import CapacityType, NodeRequest, Offer, Unsupported
 from kaito_provisioner_karpenter.flavours import NODE_CLAIMS, NodeClass
 
 Object = dict[str, Any]
 
-REQUEST: Final = "kaito.sh/request"
-"""The label of a claim, and of its node, that says which request it is for."""
 GPUS: Final = "kaito.sh/gpus"
 NODES: Final = "kaito.sh/nodes"
 """Annotations: GPUs that the node must show before it is of use, and how many claims make the whole request."""

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
-from kaito_core.api.labels import NODE_CLASS_NAME, WORKSPACE, WORKSPACE_NAMESPACE
+from kaito_core.api.labels import NODE_CLASS_NAME, REQUEST, WORKSPACE, WORKSPACE_NAMESPACE
 from kaito_core.kube.errors import ApiError, Forbidden, Invalid, NotFound, TooManyRequests
 from kaito_core.kube.kinds import CONFIG_MAPS, CRDS, EVENTS, NODES
 from kaito_core.plugins.types import (
@@ -32,13 +32,15 @@ from kaito_core.plugins.types import (
     Requirements,
     Transient,
     Unsupported,
+    Watched,
 )
 from kaito_provisioner_karpenter import offers as market
 from kaito_provisioner_karpenter.claim import NODES as NODES_ANNOTATION
-from kaito_provisioner_karpenter.claim import REGION, REQUEST, Choice, among, asked_for, became, choice, claims
+from kaito_provisioner_karpenter.claim import REGION, Choice, among, asked_for, became, choice, claims
 from kaito_provisioner_karpenter.flavours import (
     NODE_CLAIMS,
     WITH_OBJECTS,
+    Flavour,
     NodeClass,
     other_flavours,
     pick,
@@ -56,7 +58,11 @@ OFFERS: Final = "KAITO_KARPENTER_OFFERS"
 """``NAMESPACE/NAME`` of a ConfigMap that lists the machines in place of the catalogue."""
 
 REMEMBERED: Final = 60.0
-"""Seconds that the node class is remembered between two plannings. Before a claim is made, it is looked at anew."""
+"""Seconds that it is remembered between two plannings whether there is a Karpenter, and with which node class."""
+
+FRESH: Final = 3.0
+"""Seconds that the node classes and the list of machines are remembered: many claims are made at once. A claim that names a node
+class which was lost in between is thrown away by Karpenter with an event, and made again."""
 
 EVENT_COMES: Final = 15.0
 """Seconds that the reason of a claim's end is waited for: Karpenter writes events beside its work, not before it."""
@@ -67,6 +73,7 @@ EVENTS_NAMESPACE: Final = "default"
 log = logging.getLogger("kaito.provisioner.karpenter")
 
 Object = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -88,12 +95,18 @@ class KarpenterNodes(NodeProvisioner):
     """Karpenter deletes a claim that is not launched after 5 minutes, and one whose node has not joined after 15; for a GPU that
     never shows it has no limit. Five minutes more are for drivers and the device plugin."""
 
+    watches: ClassVar[tuple[Watched, ...]] = (
+        Watched(NODE_CLAIMS, index=REQUEST),
+        Watched(EVENTS, EVENTS_NAMESPACE, fields=f"involvedObject.kind={NODE_CLAIMS.kind}"),
+    )
+
     def __init__(self, environ: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.time) -> None:
         self._environ = environ
         self._clock = clock
         self._cluster: Cluster | None = None
         self._seen: dict[str, Memory] = {}
         self._class: tuple[float, NodeClass | Unsupported | None] = (0.0, None)
+        self._read_at: dict[Any, tuple[float, Any]] = {}
         self._aws: Any = None
 
     def attach(self, cluster: Cluster) -> None:
@@ -131,7 +144,7 @@ class KarpenterNodes(NodeProvisioner):
         named = self._environ.get(OFFERS, "")
         if named:
             namespace, _, name = named.rpartition("/")
-            config_map = self._of.get(CONFIG_MAPS, name, namespace or "default")
+            config_map = self._lately(named, lambda: self._of.get(CONFIG_MAPS, name, namespace or "default"))
             if config_map is None:
                 raise Unsupported(f"{OFFERS} names the ConfigMap {named}, and there is none")
             return market.asked_for(market.listed(config_map), requirements)
@@ -281,12 +294,13 @@ class KarpenterNodes(NodeProvisioner):
         if self._cluster is None:
             return NodeStatus(request_id, "absent")
         with _typed(f"NodeClaims of {request_id}"):
-            there = self._claims(request_id)
+            # A cache that is behind would call gone what was just made.
+            there = self._claims(request_id) or self._claims(request_id, fresh=True)
             for name, claim in there.items():
                 if "deletionTimestamp" not in claim["metadata"]:
                     self._of.delete(NODE_CLAIMS, name)
                     log.info("deleted the NodeClaim %s", name)
-            left = self._nodes_of(request_id)
+            left = self._nodes_of(request_id, fresh=not there)
             if there:
                 words = f"Karpenter is giving {', '.join(sorted(there))} back"
                 return NodeStatus(request_id, "releasing", tuple(n["metadata"]["name"] for n in left), message=words)
@@ -307,7 +321,7 @@ class KarpenterNodes(NodeProvisioner):
         if self._cluster is None:
             return ()
         with _typed("NodeClaims"):
-            objects = [*self._list_claims(), *self._of.list(NODES)]
+            objects = [*self._list_claims(fresh=True), *self._of.list(NODES, fresh=True)]
         now, found = self._clock(), dict[str, Held]()
         for obj in objects:
             labels = obj["metadata"].get("labels") or {}
@@ -328,17 +342,17 @@ class KarpenterNodes(NodeProvisioner):
             raise Unsupported("Karpenter works in a cluster, and there is none")
         return self._cluster
 
-    def _list_claims(self, labels: Mapping[str, str] | None = None) -> list[Object]:
+    def _list_claims(self, labels: Mapping[str, str] | None = None, *, fresh: bool = False) -> list[Object]:
         try:
-            return list(self._of.list(NODE_CLAIMS, "", labels))
+            return list(self._of.list(NODE_CLAIMS, "", labels, fresh=fresh))
         except NotFound:  # no Karpenter (any more): its claims went with the definition
             return []
 
-    def _claims(self, request_id: str) -> dict[str, Object]:
-        return {c["metadata"]["name"]: c for c in self._list_claims({REQUEST: request_id})}
+    def _claims(self, request_id: str, *, fresh: bool = False) -> dict[str, Object]:
+        return {c["metadata"]["name"]: c for c in self._list_claims({REQUEST: request_id}, fresh=fresh)}
 
-    def _nodes_of(self, request_id: str) -> list[Object]:
-        return list(self._of.list(NODES, "", {REQUEST: request_id}))
+    def _nodes_of(self, request_id: str, *, fresh: bool = False) -> list[Object]:
+        return list(self._of.list(NODES, "", {REQUEST: request_id}, fresh=fresh))
 
     def _read(self, claim: Object) -> Reading:
         node_name = (claim.get("status") or {}).get("nodeName", "")
@@ -381,17 +395,32 @@ class KarpenterNodes(NodeProvisioner):
     def _find_class(self, wanted: str) -> NodeClass:
         found = [c for flavour in WITH_OBJECTS for c in self._classes(flavour)]
         if not found and not wanted.startswith("KaitoNodeClass"):
-            found = [c for flavour in other_flavours(self._of.list(CRDS)) for c in self._classes(flavour)]
+            found = [c for flavour in other_flavours(self._definitions()) for c in self._classes(flavour)]
         azure = not found and any(
             str(n.get("spec", {}).get("providerID", "")).startswith("azure") for n in self._of.list(NODES)
         )
         return pick(found, wanted, azure_nodes=azure)
 
-    def _classes(self, flavour: Any) -> list[NodeClass]:
-        try:
-            return [read_node_class(flavour, o) for o in self._of.list(flavour.node_class)]
-        except NotFound:
-            return []
+    def _definitions(self) -> list[Object]:
+        return self._lately(CRDS, lambda: list(self._of.list(CRDS)))
+
+    def _classes(self, flavour: Flavour) -> list[NodeClass]:
+        def read() -> list[NodeClass]:
+            try:
+                return [read_node_class(flavour, o) for o in self._of.list(flavour.node_class)]
+            except NotFound:
+                return []
+
+        return self._lately(flavour, read)
+
+    def _lately(self, key: Any, read: Callable[[], T]) -> T:
+        """What was read of it within `FRESH`, or is now."""
+        now = self._clock()
+        when, found = self._read_at.get(key, (now - FRESH, None))
+        if now - when >= FRESH:
+            found = read()
+            self._read_at[key] = (now, found)
+        return found  # type: ignore[return-value]
 
 
 def _status(request_id: str, readings: list[Reading], count: int) -> NodeStatus:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kaito_core.data.chat import TEMPLATE, completed, given_template
 from kaito_core.workloads.job import Folders, TuningJob
 
 if TYPE_CHECKING:
@@ -18,12 +19,11 @@ LIBRARIES = ("kaito-core", "kaito-tuner-qlora", "torch", "transformers", "peft",
 WEIGHTS = "adapter_model.safetensors"
 
 
-def chat_template(job: TuningJob) -> str:
-    """The template that the data was rendered with: the user's, or the preset's."""
-    asked = job.config.get("ModelConfig", {}).get("chat_template")
-    if asked and Path(asked).is_file():
-        return Path(asked).read_text(encoding="utf-8")
-    return asked or job.preset.chat.template
+def chat_template(job: TuningJob, weights: Path) -> str:
+    """The template that the data was rendered with: the user's, the preset's, or the one in the model's own files; empty when there
+    is none."""
+    asked: str = job.config.get("ModelConfig", {}).get("chat_template") or ""
+    return given_template(asked) or completed(job.preset.chat, weights).template
 
 
 def write(adapter: PeftModel | Path, job: TuningJob, folders: Folders, metrics: dict[str, Any]) -> Path:
@@ -39,18 +39,25 @@ def write(adapter: PeftModel | Path, job: TuningJob, folders: Folders, metrics: 
         adapter.save_pretrained(written, save_embedding_layers=False)
         (written / "README.md").unlink(missing_ok=True)  # peft's empty form; `verify` writes the model card
     _pin_base(written / "adapter_config.json", job)
-    template = chat_template(job)
-    (written / "chat_template.jinja").write_text(template, encoding="utf-8")
+    template = chat_template(job, folders.weights)
+    if template:
+        (written / TEMPLATE).write_text(template, encoding="utf-8")
     write_json(written / "kaito.json", facts(job, folders, template, metrics))
     shutil.rmtree(final, ignore_errors=True)
     written.rename(final)
     return final
 
 
+def base_name(job: TuningJob) -> str:
+    """What the adapter says that it belongs to: the model's name on the hub, or the preset's, which is that of a folder for a model
+    in one. `ModelSource.revision` says at which commit, or with which digest."""
+    return job.preset.source.hub or job.preset.name
+
+
 def _pin_base(path: Path, job: TuningJob) -> None:
     """A serving engine must find the base model by a name that holds elsewhere, never by a path of the training machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = job.preset.source.hub or job.preset.name
+    config["base_model_name_or_path"] = base_name(job)
     config["revision"] = job.preset.source.revision or None
     config["inference_mode"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -60,13 +67,13 @@ def facts(job: TuningJob, folders: Folders, template: str, metrics: dict[str, An
     """Everything that says where this adapter comes from; what `verify` finds is added to it."""
     doctor = read_json(folders.results / "prepared" / "doctor.json")
     return {
-        "base_model": job.preset.source.hub or job.preset.name,
+        "base_model": base_name(job),
         "revision": job.preset.source.revision,
         "preset": job.preset.name,
         "method": job.method,
         "licence": job.preset.licence,
-        "stop_tokens": list(job.preset.chat.stop_tokens),
-        "chat_template_digest": "sha256:" + hashlib.sha256(template.encode()).hexdigest(),
+        "stop_tokens": list(completed(job.preset.chat, folders.weights).stop_tokens),
+        "chat_template_digest": "sha256:" + hashlib.sha256(template.encode()).hexdigest() if template else "",
         "data_digest": job.data_digest or doctor.get("digest", ""),
         "config": job.config,
         "configuration": {"device": job.configuration.device, "dtype": job.configuration.dtype,

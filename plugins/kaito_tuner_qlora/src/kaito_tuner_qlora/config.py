@@ -150,6 +150,15 @@ def _resolve(preset: Preset, method: str, user: Mapping[str, Any] | None) -> tup
                 "tuning.method",
             )
         ]
+    if not preset.architecture.linears:
+        hub = preset.source.hub
+        return {}, [
+            Problem(
+                f"{preset.name} can be served and not tuned: its preset does not say what its layers are made of",
+                f"write {hub} as the name, and kaito looks whether its files say it" if hub else "choose another model",
+                "tuning.preset.name",
+            )
+        ]
     user = {} if user is None else user
     if set(user) == {"training_config"}:
         user = user["training_config"] or {}

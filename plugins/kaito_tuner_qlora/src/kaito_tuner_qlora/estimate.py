@@ -33,8 +33,12 @@ CPU_SHARE = 0.8
 CUDA_CONTEXT = 600 * MIB
 """The CUDA context and the workspaces of cuBLAS, as the driver counts them: 0.5 to 0.8 GiB."""
 
-CPU_PROCESS = 700 * MIB
-"""A Python process that has imported torch, transformers and peft, with its threads. To be calibrated."""
+CPU_PROCESS = 470 * MIB
+"""A Python process that has imported torch, transformers and peft, with its threads: 410 MiB resident with torch 2.13; the rest is
+what the C allocator keeps of buffers that come and go. Set, like the next one, with ``benchmarks/memory.py``."""
+
+CPU_QUANTISED = 104 * MIB
+"""More of it where weights are quantised on a CPU: bitsandbytes, and what is kept of tensors as they were before."""
 
 SLACK = 0.05
 """The allocator's rounding and fragmentation, of everything that changes while training."""
@@ -104,6 +108,7 @@ def memory(preset: Preset, config: Mapping[str, Any], layout: Configuration) -> 
     optim, state = _optimizer(training["optim"], layout.device)
     largest = max(i * o for i, o in a.linears.values())
     head_rows = min(tokens, max(16, LOSS_CHUNK[layout.device] // (4 * a.vocab)))
+    copies = 1 if layout.device == "cuda" else 2  # a CPU's matrix product packs its own
     items = [
         MemoryItem("base", round(a.linear_parameters * per_weight), f"{a.linear_parameters:,} weights × {precision}"),
         MemoryItem("embeddings", a.other_parameters * d, f"{a.other_parameters:,} weights × {d} B, not quantised"),
@@ -117,11 +122,14 @@ def memory(preset: Preset, config: Mapping[str, Any], layout: Configuration) -> 
         ),
         MemoryItem(
             "workspace",
-            largest * d if per_weight < d else 0,
-            f"the largest matrix dequantised: {largest:,} × {d} B" if per_weight < d else "nothing is quantised",
+            copies * largest * d if per_weight < d else 0,
+            f"the largest matrix dequantised: {copies} × {largest:,} × {d} B"
+            if per_weight < d
+            else "nothing is quantised",
         ),
     ]
-    fixed = CUDA_CONTEXT if layout.device == "cuda" else CPU_PROCESS
+    on_cpu = CPU_PROCESS + (CPU_QUANTISED if per_weight < d else 0)
+    fixed = CUDA_CONTEXT if layout.device == "cuda" else on_cpu
     slack = round(SLACK * sum(i.bytes for i in items))
     what = "CUDA context" if layout.device == "cuda" else "Python process"
     items.append(

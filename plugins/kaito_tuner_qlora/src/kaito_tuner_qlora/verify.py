@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kaito_core.artifacts.model_card import CardFacts, Sample, model_card
+from kaito_core.data.chat import completed
+from kaito_core.models.files import UNKNOWN_LICENCE, preset_name
 from kaito_core.problems import Failure
 from kaito_core.progress import Progress
 from kaito_core.workloads.job import Folders, TuningJob
@@ -56,7 +58,7 @@ def verify(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, An
     with model.disable_adapter():
         before = held_out_loss(model, held_out, budget, device)
 
-    stops = _token_ids(folders.weights, job.preset.chat.stop_tokens)
+    stops = _token_ids(folders.weights, completed(job.preset.chat, folders.weights).stop_tokens)
     samples = answers(model, held_out, folders.weights, stops, job.preset.architecture.context)
     result: dict[str, Any] = {
         "eval_loss_before": before,
@@ -200,12 +202,15 @@ def _describe(job: TuningJob, folders: Folders, adapter: Path, result: dict[str,
     artifact.write_json(adapter / "kaito.json", facts)
     metrics = artifact.read_json(folders.results / "metrics.json")
     data, config = metrics.get("data", {}), configs.read(job.config)
+    source = job.preset.source
     card = CardFacts(
         name=job.name,
-        base_model=job.preset.source.hub,
-        base_revision=job.preset.source.revision,
-        preset=job.preset.name,
-        license=job.preset.licence.lower(),
+        base_model=source.hub,
+        base_revision=source.revision,
+        base_folder=Path(source.folder).name,
+        # Of a model that was read, no plugin knows the name that was made for it.
+        preset="" if source.folder or job.preset.name == preset_name(source.hub) else job.preset.name,
+        license="" if job.preset.licence == UNKNOWN_LICENCE else job.preset.licence.lower(),
         data_digest=facts.get("data_digest", ""),
         data_rows=data.get("examples"),
         method=job.method,

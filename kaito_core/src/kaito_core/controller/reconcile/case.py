@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from kaito_core.api import conditions, labels
 from kaito_core.api.conditions import State
-from kaito_core.controller.reconcile.decision import Decision, Deletion, Ensure, Note, Observe, Release
+from kaito_core.api.inference import IDLE_SECONDS
+from kaito_core.api.resource import seconds_of
+from kaito_core.controller.reconcile.decision import Decision, Deletion, Endpoint, Ensure, Note, Observe, Release
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.revisions import History, history
 from kaito_core.kube.kinds import Kind, Object
@@ -32,10 +36,20 @@ class Case:
         self.observed = observed
         self.world = world
         self.status: dict[str, Any] = copy.deepcopy(workspace.get("status") or {})
+        asked = first_attempt(workspace)
+        if asked is not None and asked.get("provisioner") in observed.provisioners and not self.status.get("attempts"):
+            self.attempts.append(asked)
         self.history: History = history(workspace, observed.revisions)
         self.finalizer: bool | None = None
+        self.annotations: dict[str, str] = {}
+        self.silent = False
+        """Write no status this time."""
         self.ask: Ensure | Observe | Release | None = None
         self.create: list[tuple[Kind, Object]] = []
+        self.apply: list[tuple[Kind, Object]] = []
+        self.endpoint: Endpoint | None = None
+        self.serving = False
+        """Whether it is decided about the endpoint, and not about a job."""
         self.delete: list[Deletion] = []
         self.notes: list[Note] = []
         self.again = False
@@ -85,6 +99,32 @@ class Case:
         ours = any(o.get("uid") == self.uid for o in self.job["metadata"].get("ownerReferences", ()))
         return ours and bool(annotations.get(labels.REVISION_HASH) == self.history.current.hash)
 
+    @property
+    def tunes(self) -> bool:
+        return bool(self.workspace.get("tuning"))
+
+    @property
+    def policy(self) -> str:
+        """When the model is served: ``onDemand``, ``always`` or ``never`` (`kaito_core.api.workspace.Workspace.serving_policy`)."""
+        said = (self.workspace.get("inference") or {}).get("policy")
+        if said or not self.tunes:
+            return str(said or "always")
+        annotation = (self.workspace["metadata"].get("annotations") or {}).get(labels.SERVE_AFTER_TUNING)
+        known = annotation in labels.ANNOTATION_VALUES[labels.SERVE_AFTER_TUNING]
+        return str(annotation if known else self.world.settings.serve_after_tuning)
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is something to serve, and it shall be. On demand, somebody must be there to hold the first request."""
+        there = bool(self.workspace.get("inference")) if not self.tunes else self.finished and "adapter" in self.status
+        policy = self.policy
+        return there and (policy == "always" or (policy == "onDemand" and self.observed.activator is not None))
+
+    @property
+    def idle_after(self) -> float:
+        """Seconds without a request after which an endpoint on demand goes to sleep."""
+        return seconds_of(str((self.workspace.get("inference") or {}).get("idleAfter", ""))) or IDLE_SECONDS
+
     # --- attempts to get machines
 
     @property
@@ -113,7 +153,12 @@ class Case:
     @property
     def time(self) -> str:
         """Now, as Kubernetes writes it."""
-        return datetime.fromtimestamp(self.observed.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return self.time_of(self.observed.now)
+
+    @staticmethod
+    def time_of(seconds: float) -> str:
+        """A time in seconds since the epoch, as Kubernetes writes it."""
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def set(self, kind: str, status: ConditionStatus, reason: str, message: str = "") -> bool:
         """Set a condition; whether its status or reason is another one than before."""
@@ -143,11 +188,34 @@ class Case:
         self.notes.append(Note(kind, reason, _short(message)))
 
     def failed(self, message: str, *, note: str = "WorkspaceFailed") -> None:
-        """The end of this revision: it did not work, and will not be tried again before something is changed."""
+        """The end of this revision: it did not work, and will not be tried again before something is changed. An endpoint is tried
+        again at the next request, or after a while."""
+        if self.serving:
+            self.waiting(message)
+            self.endpoint = Endpoint(words=message, refused=True)
+            self.status["serving"] = {"phase": "Failed", "since": self.time}
+            return
         if self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspaceFailed", message):
             self.note("Warning", note, message)
         self.state("Failed")
         self.status["finishedRevision"] = self.history.current.hash
+
+    def pending(self, message: str) -> None:
+        """It is on its way, and this is what is being waited for."""
+        self.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", message)
+        self.waiting(message)
+
+    def waiting(self, message: str, reason: str = "") -> None:
+        """Neither running nor serving yet, for this reason."""
+        if not self.serving:
+            self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
+            self.state("Pending")
+            return
+        self.endpoint = Endpoint(words=message)
+        self.set(conditions.INFERENCE_READY, "False", reason or "WorkspaceInferenceStatusPending", message)
+        if not self.tunes:
+            self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
+            self.state("NotReady")
 
     def look_again(self, seconds: float) -> None:
         """Come back, at the latest, after so many seconds."""
@@ -157,14 +225,29 @@ class Case:
         status = {k: v for k, v in self.status.items() if v not in (None, "", [], {})}
         return Decision(
             finalizer=self.finalizer,
+            annotations=self.annotations,
             ask=self.ask,
             create=tuple(self.create),
+            apply=tuple(self.apply),
+            endpoint=self.endpoint,
             delete=tuple(self.delete),
-            status=status,
+            status=None if self.silent else status,
             notes=tuple(self.notes),
             again=self.again or self.ask is not None,
             look_again_after=self.look_again_after,
         )
+
+
+def first_attempt(workspace: Object) -> dict[str, Any] | None:
+    """The attempt that was written down with the finalizer. Anybody may have written something else there."""
+    try:
+        found = json.loads(workspace["metadata"].get("annotations", {}).get(labels.ASKED, ""))
+        seconds(found["started"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    kinds: dict[str, Any] = {"revision": int, "pricePerHour": (int, float)}
+    known = {"provisioner", "instanceType", "region", "capacityType", "started", *kinds}
+    return found if all(k in known and isinstance(v, kinds.get(k, str)) for k, v in found.items()) else None
 
 
 def request_id(uid: str, attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -182,6 +265,14 @@ def _short(message: str) -> str:
 def seconds(time: str) -> float:
     """A time as Kubernetes writes it, in seconds since the epoch."""
     return datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp()
+
+
+def seconds_or_never(time: object) -> float:
+    """The same of what anybody may have written; minus infinity when it is no time."""
+    try:
+        return seconds(str(time))
+    except ValueError:
+        return -math.inf
 
 
 def words(problems: Any) -> str:

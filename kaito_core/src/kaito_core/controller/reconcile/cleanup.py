@@ -8,7 +8,7 @@ from kaito_core.api import conditions
 from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decision import Deletion
 from kaito_core.controller.reconcile.nodes import given_back
-from kaito_core.kube.kinds import JOBS
+from kaito_core.kube.kinds import JOBS, STATEFUL_SETS
 
 MISSING = 60.0
 """Seconds until it is looked again whether an uninstalled provisioner has come back."""
@@ -21,6 +21,9 @@ def cleanup(case: Case) -> None:
     case.set(conditions.WORKSPACE_DELETING, "True", "workspaceDeleted", "giving back what was got for it")
     if case.job is not None and "deletionTimestamp" not in case.job["metadata"]:
         case.delete.append(Deletion(JOBS, case.job["metadata"]["name"], case.job["metadata"]["uid"]))
+    servers = case.observed.stateful_set
+    if servers is not None and "deletionTimestamp" not in servers["metadata"]:
+        case.delete.append(Deletion(STATEFUL_SETS, servers["metadata"]["name"], servers["metadata"]["uid"]))
     if case.attempt is None or _gone(case, str(case.attempt["provisioner"])):
         case.finalizer = False
 

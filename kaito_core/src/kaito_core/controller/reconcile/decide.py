@@ -1,6 +1,6 @@
 """`decide`: from one Workspace and what is known of its world to what shall be done. Pure: no clock, no network, no cluster.
 
-    accept ──> nodes ──> workload ──> outcome            and, when the Workspace is deleted: cleanup
+    accept ──> nodes ──> workload ──> outcome ──> serving      and, when the Workspace is deleted: cleanup
 
 Each phase is a file. What was decided before is never remembered, only seen: after any crash, the same question gets the
 same answer."""
@@ -14,6 +14,7 @@ from kaito_core.controller.reconcile.decision import Decision, Deletion
 from kaito_core.controller.reconcile.nodes import next_candidate, nodes
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.outcome import outcome, release
+from kaito_core.controller.reconcile.serving import needs_serving_plan, retire, serve
 from kaito_core.controller.reconcile.workload import outdated, workload
 from kaito_core.kube.kinds import REVISIONS, Object
 
@@ -23,7 +24,10 @@ def decide(workspace: Object, observed: Observed, world: World) -> Decision:
     case = Case(workspace, observed, world)
     if case.deleting:
         cleanup(case)
-    elif case.finished:
+    elif case.serves:
+        serve(case)
+    elif case.finished or not case.tunes:
+        retire(case)
         release(case)
     elif case.job is not None and case.job_is_current:
         outcome(case, case.job)
@@ -32,10 +36,20 @@ def decide(workspace: Object, observed: Observed, world: World) -> Decision:
     return case.decision()
 
 
-def needs_plan(workspace: Object, observed: Observed) -> bool:
+def serves(workspace: Object, observed: Observed, world: World) -> bool:
+    """Whether it will be decided about an endpoint."""
+    case = Case(workspace, observed, world)
+    return not case.deleting and case.serves
+
+
+def needs_plan(workspace: Object, observed: Observed, world: World) -> bool:
     """Whether the decision will look at `Observed.planned`, which is not for nothing."""
-    case = Case(workspace, observed, _NOTHING)
-    return not (case.deleting or case.finished or (case.job is not None and case.job_is_current))
+    case = Case(workspace, observed, world)
+    if case.deleting:
+        return False
+    if case.serves:
+        return needs_serving_plan(case)
+    return case.tunes and not (case.finished or (case.job is not None and case.job_is_current))
 
 
 def _start(case: Case) -> None:
@@ -51,6 +65,3 @@ def _start(case: Case) -> None:
     if ready is not None:
         chosen = next_candidate(case, plan)
         workload(case, plan.on(chosen) if chosen else plan, ready)
-
-
-_NOTHING = World(settings=None, workload=lambda workspace, plan: None)  # type: ignore[arg-type, return-value]

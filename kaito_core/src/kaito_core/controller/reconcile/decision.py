@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kaito_core.kube.kinds import Kind, Object
@@ -70,19 +70,37 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """What the activator is told of a Workspace's endpoint."""
+
+    address: str = ""
+    """Where it answers now, ``http://IP:PORT``; empty when it does not."""
+    words: str = ""
+    """What is being waited for, for clients."""
+    refused: bool = False
+    """It will not come, for the reason in ``words``."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """Carried out in the order of the fields. Every step may be the last one before a crash."""
 
     finalizer: bool | None = None
     """Put it (True), remove it (False), leave it (None)."""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """Written together with the finalizer that is put."""
     ask: Ensure | Observe | Release | None = None
     """The answer goes into `Observed.asked`, and everything is decided anew."""
     create: tuple[tuple[Kind, Object], ...] = ()
     """Made in this order. That one exists already is fine when it is ours."""
+    apply: tuple[tuple[Kind, Object], ...] = ()
+    """Made so, in this order, whether they were there or not."""
     delete: tuple[Deletion, ...] = ()
     status: Mapping[str, Any] | None = None
     """The whole status; written only when it differs. None: left as it is."""
     notes: tuple[Note, ...] = ()
+    endpoint: Endpoint | None = None
+    """None: nothing is served."""
     again: bool = False
     """Decide anew at once: what was done is the ground of the next step."""
     look_again_after: float | None = None

@@ -10,10 +10,11 @@ NotAuthorized                  the end: no other offer would change that
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from kaito_core.api import conditions, labels
-from kaito_core.controller.reconcile.case import SHOWN, Case, seconds
+from kaito_core.controller.reconcile.case import SHOWN, Case, first_attempt, seconds
 from kaito_core.controller.reconcile.decision import Ensure, Release
 from kaito_core.controller.reconcile.observed import Installed
 from kaito_core.planning.plan import Candidate, Plan, requirements
@@ -41,7 +42,7 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     candidate = next_candidate(case, plan)
     if case.attempt is not None and (candidate is None or not _same(case.attempt, candidate.offer)):
         if case.attempt["provisioner"] in case.observed.planned.failed:
-            _pending(case, f"{case.attempt['provisioner']} does not answer; what it was asked for is waited for")
+            case.pending(f"{case.attempt['provisioner']} does not answer; what it was asked for is waited for")
             case.look_again(SOONEST)
             return None
         # What was asked for is not offered any more. It is given back first: nothing may be held at two places.
@@ -63,9 +64,15 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
         if _installed(case, candidate.offer).holds and not _written(case):
             # Before the first effect outside: from here on, deleting the Workspace waits until everything is given back, and
             # whoever comes after a crash knows whom we asked.
-            case.finalizer = True if not case.has_finalizer else None
+            if not case.has_finalizer:
+                case.finalizer = True
+                if (
+                    len(case.attempts) == 1 and not case.serving
+                ):  # in one write; the status follows when there is more to say
+                    case.annotations = {labels.ASKED: json.dumps(case.attempt)}
+                    case.silent = True
             case.again = True
-            _pending(case, f"{candidate.offer.provisioner} is asked for {candidate.offer}")
+            case.pending(f"{candidate.offer.provisioner} is asked for {candidate.offer}")
         else:
             case.ask = ask
         return None
@@ -78,8 +85,10 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     if status.phase == "releasing":
         give_up(case, "Lost", status.message or "it is being taken away")
         return None
-    if not _installed(case, candidate.offer).holds or _waited(case) >= POLL:  # before that, what is written says enough
-        _pending(case, status.message or f"waiting for {candidate.offer}")
+    if not _installed(case, candidate.offer).holds or _waited(case) >= POLL:
+        case.pending(status.message or f"waiting for {candidate.offer}")
+    else:  # it may be ready in a moment, and what is written says enough until then
+        case.silent = not case.serving
     if not _out_of_patience(case, request, status.message):
         case.look_again(POLL)
     return None
@@ -108,14 +117,16 @@ def _alternatives(case: Case, plan: Plan, candidate: Candidate) -> tuple[Offer, 
         if not c.rejected
         and c is not candidate
         and (c.offer.provisioner, c.offer.gpus) == (offer.provisioner, offer.gpus)
-        and c.fit.configuration == candidate.fit.configuration
+        and (c.runtime, c.fit.configuration) == (candidate.runtime, candidate.fit.configuration)
         and not any(_covers(a, c.offer) for a in tried)
     )
 
 
 def _given_up(case: Case) -> list[dict[str, Any]]:
     revision = case.history.current.number
-    return [a for a in case.attempts if a.get("reason") in GIVEN_UP and a.get("revision") == revision]
+    begun = str((case.status.get("serving") or {}).get("since", "")) if case.serving else ""
+    tried = [a for a in case.attempts if a.get("reason") in GIVEN_UP and a.get("revision") == revision]
+    return [a for a in tried if str(a.get("started", "")) >= begun]  # an endpoint begins anew each time it is woken
 
 
 def _attempt(offer: Offer) -> dict[str, Any]:
@@ -148,6 +159,8 @@ def _installed(case: Case, offer: Offer) -> Installed:
 def _written(case: Case) -> bool:
     """Whether the API server has this attempt, and holds the Workspace for it."""
     written = (case.workspace.get("status") or {}).get("attempts") or []
+    if not written and len(case.attempts) == 1:
+        return case.has_finalizer and first_attempt(case.workspace) is not None
     return case.has_finalizer and len(written) == len(case.attempts) and not written[-1].get("ended")
 
 
@@ -169,24 +182,18 @@ def _ready(case: Case, request: NodeRequest, status: NodeStatus) -> None:
     case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
 
 
-def _pending(case: Case, message: str) -> None:
-    case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", message)
-    case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
-    case.state("Pending")
-
-
 def _failed(case: Case, request: NodeRequest, status: NodeStatus) -> None:
     """The provisioner said no. What follows depends on the kind of no; its words are kept."""
     failure = status.failure
     kind = type(failure).__name__ if failure else "Unsupported"
     message = f"{request.offer.provisioner} cannot get {request.offer.instance_type}: {status.message or failure}"
     if isinstance(failure, Transient):
-        _pending(case, f"{message}; trying again")
+        case.pending(f"{message}; trying again")
         if not _out_of_patience(case, request, status.message or str(failure)):
             later = min(LATEST, max(SOONEST, _waited(case) / 2))
             case.look_again(max(later, failure.retry_after or 0.0))
         return
-    _pending(case, message)
+    case.pending(message)
     if case.attempt is not None and status.asked:
         case.attempt["alternatives"] = list(dict.fromkeys(o.instance_type for o in status.asked))[:64]
     # Given back before anything else is asked for: a machine that comes late after all would be paid twice.

@@ -13,6 +13,7 @@ from kaito_core.problems import Problem
 if TYPE_CHECKING:
     from kaito_core.controller.settings import Settings
     from kaito_core.planning.plan import Plan
+    from kaito_core.workloads.endpoint import Address
     from kaito_core.workloads.workload import Workload
 
 Refusal = Literal[
@@ -65,6 +66,21 @@ class Observed:
     job: Object | None = None
     pods: tuple[Object, ...] = ()
     """Of the job, in any order."""
+    stateful_set: Object | None = None
+    service: Object | None = None
+    headless: Object | None = None
+    slice: Object | None = None
+    """Of the endpoint, and the activator's place in it."""
+    servers: tuple[Object, ...] = ()
+    """The pods of the endpoint."""
+    activity: Mapping[str, PodProgress] = field(default_factory=dict)
+    """What these pods said of how busy they are, by uid."""
+    activator: Address | None = None
+    """Where requests are held while there is no pod; None where nobody holds them."""
+    mounts_images: bool = False
+    """Whether a pod may have a volume that is an image."""
+    demand: bool = False
+    """Whether requests wait there, or have just come."""
     nodes: Mapping[str, Object | None] = field(default_factory=dict)
     """The Node objects that the pods are bound to, and those of ``status.workerNodes``, by name; None where the node is gone."""
     revisions: tuple[Object, ...] = ()

@@ -5,16 +5,15 @@ The job itself decides whether a failed pod is tried again; the Workspace has fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from kaito_core.api import conditions
 from kaito_core.api.resource import seconds_of
 from kaito_core.controller.reconcile.case import Case, find, seconds
-from kaito_core.controller.reconcile.decision import Deletion, Observe
+from kaito_core.controller.reconcile.decision import Deletion
 from kaito_core.controller.reconcile.diagnosis import Trouble, containers, last_words, latest, stage, started, trouble
-from kaito_core.controller.reconcile.nodes import POLL, give_up
-from kaito_core.controller.reconcile.observed import Installed
+from kaito_core.controller.reconcile.machines import SETTLED, holds, machines_are_there
+from kaito_core.controller.reconcile.nodes import give_up
 from kaito_core.kube.kinds import JOBS, Object
 
 PATIENCE = 600.0
@@ -37,7 +36,7 @@ def outcome(case: Case, job: Object) -> None:
     if "Complete" in ended:
         _succeeded(case, pods)
         return
-    if "Failed" not in ended and not _machines_are_there(case, job, pod):
+    if "Failed" not in ended and not machines_are_there(case, JOBS, job, pod):
         return
     now = trouble(pod) if pod is not None else None
     if "Failed" in ended:
@@ -70,7 +69,7 @@ def _pods_are_behind(case: Case, job: Object, pods: list[Object], ended: set[str
 def _pays_for_nothing(case: Case, now: Trouble) -> bool:
     """Whether a machine that was got for it waits for a pod that cannot go there: a disk that nobody makes, as a rule. On nodes that are
     there anyway a pod may wait as long as it likes."""
-    return now.reason == "Unschedulable" and case.attempt is not None and _holds(case, case.attempt)
+    return now.reason == "Unschedulable" and case.attempt is not None and holds(case, case.attempt)
 
 
 def _running(case: Case, pods: list[Object], pod: Object | None, now: Trouble | None) -> None:
@@ -115,89 +114,6 @@ def _about_nodes(case: Case, pod: Object) -> None:
 
 BEHIND = 1.0
 """Seconds until it is looked again whether a cache has caught up."""
-
-SETTLED = 15.0
-"""Seconds that machines must have been ready for before one that is not seen is taken for gone: caches are a little behind."""
-
-MACHINE_LOST = "MachineLost"
-
-GONE = 600.0
-"""Seconds after which a machine whose kubelet says nothing is taken for gone, even if its Node object is still there."""
-
-
-def _machines_are_there(case: Case, job: Object, pod: Object | None) -> bool:
-    """Whether the job has what it runs on; where it has not, what is done about it is decided here."""
-    attempt = case.attempt
-    if attempt is None or not _holds(case, attempt):
-        case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
-        return True
-    if attempt.get("reason") == MACHINE_LOST:
-        _another_machine(case, job, str(attempt.get("message", "")))  # begun before, and not at its end yet
-        return False
-    ready = find(case.status.get("conditions"), conditions.RESOURCE_READY)
-    if ready is None or ready["status"] != "True":
-        return _noted(case, job, attempt)
-    bound = pod.get("spec", {}).get("nodeName") if pod is not None else ""
-    lost = _lost(case, {*case.status.get("workerNodes", ()), *([bound] if bound else [])})
-    if not lost:
-        return True
-    if case.observed.now - seconds(ready["lastTransitionTime"]) < SETTLED:
-        case.look_again(SETTLED)
-        return True
-    _another_machine(case, job, lost)
-    return False
-
-
-def _noted(case: Case, job: Object, attempt: dict[str, Any]) -> bool:
-    """A controller died after it had made the job and before it could note what it runs on: the provisioner knows."""
-    question = Observe(str(attempt["provisioner"]), case.request_id)
-    answer = case.observed.asked.get(question.key)
-    if answer is None:
-        case.ask = question
-        return False
-    if answer.phase in ("absent", "failed", "releasing"):
-        _another_machine(case, job, answer.message or "the machine is gone")
-        return False
-    if answer.phase != "ready":
-        case.look_again(POLL)
-        return True
-    case.status["workerNodes"] = list(answer.nodes)
-    case.set(conditions.NODES_READY, "True", "NodesReady", "")
-    case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
-    return True
-
-
-def _lost(case: Case, names: Iterable[str]) -> str:
-    """Why one of these machines is no more; empty when all are there."""
-    for name in sorted(names):
-        if name not in case.observed.nodes:
-            continue
-        node = case.observed.nodes[name]
-        if node is None or "deletionTimestamp" in node["metadata"]:
-            return f"the machine {name} is gone"
-        answers = find(node.get("status", {}).get("conditions"), "Ready") or {}
-        since = answers.get("lastTransitionTime")
-        if answers.get("status") in ("False", "Unknown") and since and case.observed.now - seconds(since) > GONE:
-            return f"the machine {name} has not answered for {GONE / 60:.0f} minutes"
-    return ""
-
-
-def _another_machine(case: Case, job: Object, why: str) -> None:
-    """A spot machine that was taken away, or one that died: what is left of it is given back, then everything begins anew on another.
-    The job's pods are bound to the labels of the machine that is gone, so the job is made anew as well; what it has done is with
-    its checkpoints."""
-    if case.attempt is not None and not case.attempt.get("reason"):
-        spot = case.attempt.get("capacityType") == "spot"
-        case.note("Warning", MACHINE_LOST, f"{why}{' (a spot machine)' if spot else ''}; getting another one")
-    case.set(conditions.NODES_READY, "False", "NodeNotReady", why)
-    case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", f"{why}; getting another one")
-    case.set(conditions.JOB_STARTED, "False", "WorkspaceTuningJobStatusPending", f"{why}; it goes on where it was")
-    case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", why)
-    case.state("Pending")
-    give_up(case, MACHINE_LOST, why)
-    if case.attempt is None:
-        case.status.pop("workerNodes", None)
-        case.delete.append(Deletion(JOBS, job["metadata"]["name"], job["metadata"]["uid"], foreground=True))
 
 
 def _progress(case: Case, pod: Object) -> None:
@@ -281,11 +197,11 @@ def _last_progress(case: Case) -> None:
             progress["costSoFar"] = cost
 
 
-def release(case: Case) -> None:
+def release(case: Case, reason: str = "") -> None:
     """Give the machines back: this revision has ended, and nobody pays for a machine that has nothing to do (KAITO keeps
     it until the Workspace is deleted, its defect 8)."""
     accepted = find(case.status.get("conditions"), conditions.ACCEPTED)
-    if accepted and accepted["status"] == "False":
+    if accepted and accepted["status"] == "False" and not case.serving:
         # A change that could not be run was taken back: what this revision made is still there.
         case.set(conditions.ACCEPTED, "True", "Planned", "")
         if "adapter" in case.status:
@@ -299,7 +215,7 @@ def release(case: Case) -> None:
     if _kept(case, attempt):
         return
     state = str(case.status.get("state", ""))
-    give_up(case, state, "")
+    give_up(case, reason if case.serving and case.status.get("serving", {}).get("lastRequest") else state, "")
     if case.attempt is None:
         if state == "Succeeded":
             message = "the machines were given back after the job"
@@ -310,16 +226,12 @@ def release(case: Case) -> None:
 def _kept(case: Case, attempt: dict[str, Any]) -> bool:
     """Whether its machines wait for the next job of this Workspace, as ``resource.keep`` asks."""
     keep = seconds_of(str(case.workspace.get("resource", {}).get("keep", ""))) or 0.0
-    if not keep or attempt.get("reason") or not _holds(case, attempt):
+    if not keep or attempt.get("reason") or not holds(case, attempt):
         return False
     left = seconds(attempt.setdefault("idleSince", case.time)) + keep - case.observed.now
     if left > 0:
         case.look_again(left)
     return left > 0
-
-
-def _holds(case: Case, attempt: dict[str, Any]) -> bool:
-    return case.observed.provisioners.get(str(attempt["provisioner"]), Installed()).holds
 
 
 def _cannot_release(case: Case, attempt: dict[str, Any]) -> None:

@@ -18,8 +18,10 @@ PARTS = ("resource", "inference", "tuning")
 
 
 def hash_of(workspace: Object) -> str:
-    """SHA-256 of what the Workspace asks for, in hexadecimal; its status and labels do not count."""
-    asked = {part: workspace[part] for part in PARTS if part in workspace}
+    """SHA-256 of what the Workspace asks for, in hexadecimal; its status and labels do not count. How a tuned model is served
+    is no part of it: a change of that trains nothing anew."""
+    parts = PARTS if "tuning" not in workspace else ("resource", "tuning")
+    asked = {part: workspace[part] for part in parts if part in workspace}
     return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -55,7 +55,6 @@ def workload(case: Case, plan: Plan, nodes: NodeStatus) -> None:
     case.state("Pending")
     case.status.pop("progress", None)
     case.status.pop("adapter", None)
-    case.note("Normal", "JobCreated", f"the job {case.name} of revision {case.history.current.number} has been made")
 
 
 def outdated(case: Case) -> bool:

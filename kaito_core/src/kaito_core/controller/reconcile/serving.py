@@ -1,0 +1,354 @@
+"""The endpoint: asleep, starting, ready; and asleep again when nobody has asked for a while.
+
+                 a request                 a pod answers
+      Asleep ────────────────> Starting ────────────────> Ready
+        ^   (policy ``always``:    │                        │
+        │    at once)              │ no machine             │ no request for ``idleAfter``
+        │                          v                        │ (policy ``onDemand``)
+        └────────────────────── Failed                      │
+        └───────────────────────────────────────────────────┘
+
+While no pod is ready the activator stands in the Service and holds what comes. Machines are got and given back as for a job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+from kaito_core.api import conditions, labels
+from kaito_core.controller.reconcile.case import Case, find, seconds, words
+from kaito_core.controller.reconcile.decision import Deletion, Endpoint
+from kaito_core.controller.reconcile.diagnosis import latest, trouble
+from kaito_core.controller.reconcile.machines import machines_are_there
+from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
+from kaito_core.controller.reconcile.outcome import release
+from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
+from kaito_core.planning.plan import Plan
+from kaito_core.planning.serving import ServingPlan, TemplatePlan
+from kaito_core.plugins.types import NodeStatus
+from kaito_core.workloads.endpoint import (
+    activator_slice,
+    applied,
+    as_image_volumes,
+    from_template,
+    headless_service,
+    is_applied,
+    service,
+    stateful_set,
+)
+from kaito_core.workloads.kubernetes import Revision, config_map
+from kaito_core.workloads.serving import PORT
+
+RETRY = 300.0
+"""Seconds until an endpoint that could not be had is tried again where it shall be there always."""
+
+RETRY_ON_DEMAND = 25.0
+"""The same where somebody asks again: the activator does every 30 seconds while requests come."""
+
+REFUSED = 60.0
+"""Seconds until it is looked again whether an endpoint that cannot be planned can be."""
+
+SPOT_CHECK = 10.0
+"""Seconds between looks at pods that start; a change of theirs is noticed at once."""
+
+ASLEEP = "asleep: the first request gets a machine"
+
+
+def serve(case: Case) -> None:
+    """What shall be done about the endpoint now."""
+    case.serving = True
+    phase = _phase(case)
+    if phase in ("", "Asleep", "Failed") and _is_wanted(case, phase):
+        phase = _enter(case, "Starting")
+    if phase in ("Starting", "Ready"):
+        _run(case)
+    elif phase == "Failed":
+        _stop(case)
+        said = find(case.status.get("conditions"), conditions.INFERENCE_READY) or {}
+        case.endpoint = Endpoint(words=str(said.get("message", "")), refused=True)
+        if case.policy == "always":
+            case.look_again(RETRY)
+    else:
+        _sleep(case)
+    _show(case)
+
+
+def needs_serving_plan(case: Case) -> bool:
+    """Whether `serve` will look at the plan: before anything runs, and once before it falls asleep for the first time."""
+    phase = _phase(case)
+    if phase in ("", "Failed") or _is_wanted(case, phase):
+        return True
+    return phase in ("Starting", "Ready") and not _is_current(case)
+
+
+def retire(case: Case) -> None:
+    """Nothing is served (any more): what there is goes."""
+    for kind, obj in _parts(case):
+        case.delete.append(Deletion(kind, obj["metadata"]["name"], obj["metadata"]["uid"]))
+    if case.status.pop("serving", None) is not None:
+        case.unset(conditions.INFERENCE_READY)
+    if not case.tunes and case.policy == "onDemand":
+        message = (
+            "nobody here holds the first request: the controller does not run in the cluster; use `policy: always`"
+        )
+        case.set(conditions.INFERENCE_READY, "False", "NoActivator", message)
+
+
+def _phase(case: Case) -> str:
+    return str((case.status.get("serving") or {}).get("phase") or "")
+
+
+def _enter(case: Case, phase: str) -> str:
+    known = case.status.get("serving") or {}
+    if known.get("phase") != phase:
+        case.status["serving"] = {**known, "phase": phase, "since": case.time}
+    return phase
+
+
+def _is_wanted(case: Case, phase: str) -> bool:
+    """Whether it shall be there now, though it is not."""
+    if phase == "Failed" and _for(case) < (RETRY if case.policy == "always" else RETRY_ON_DEMAND):
+        return False
+    return case.policy == "always" or case.observed.demand
+
+
+def _for(case: Case) -> float:
+    """Seconds that it has been as it is."""
+    since = (case.status.get("serving") or {}).get("since")
+    return case.observed.now - seconds(since) if since else 0.0
+
+
+# --- asleep
+
+
+def _sleep(case: Case) -> None:
+    """No machine is held. Before it says so for the first time, it is certain that there is something that can serve."""
+    if not _phase(case) and not _accepted(case):
+        return
+    _enter(case, "Asleep")
+    _stop(case)
+    case.set(
+        conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "no machine is held while nobody asks"
+    )
+    case.set(conditions.INFERENCE_READY, "True", "OnDemand", ASLEEP)
+    _succeeded(case, ASLEEP)
+
+
+def _stop(case: Case) -> None:
+    """End the pods, and give the machines back when nothing runs there any more."""
+    there = case.observed.stateful_set
+    if there is not None and "deletionTimestamp" not in there["metadata"]:
+        case.delete.append(Deletion(STATEFUL_SETS, there["metadata"]["name"], there["metadata"]["uid"]))
+    if there is not None or case.observed.servers:
+        case.look_again(SPOT_CHECK)
+        return
+    release(case, "Idle")
+    if case.attempt is None:
+        case.unset(conditions.NODES_READY)
+        case.status.pop("workerNodes", None)
+
+
+# --- running
+
+
+def _run(case: Case) -> None:
+    """Get machines and pods, and see whether they answer."""
+    there = case.observed.stateful_set
+    if there is None or not _is_current(case):
+        _start(case)
+        return
+    if not machines_are_there(case, STATEFUL_SETS, there, latest(case.observed.servers)):
+        return
+    replicas = int(there.get("spec", {}).get("replicas") or 1)
+    answering = _answering(case)
+    if answering:
+        _enter(case, "Ready")
+        case.endpoint = Endpoint(address=answering)
+        case.status["workerNodes"] = sorted(
+            {p["spec"]["nodeName"] for p in case.observed.servers if p["spec"]["nodeName"]}
+        )
+        case.set(conditions.INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", "")
+        _succeeded(case, f"served on {replicas} machine{'s' if replicas > 1 else ''}")
+        _idle(case)
+        return
+    pod = latest(case.observed.servers)
+    now = trouble(pod) if pod is not None else None
+    message = now.message if now else "the pod starts"
+    if case.set(conditions.INFERENCE_READY, "False", _reason(now.reason if now else ""), message) and now:
+        case.note("Warning", now.reason, now.message)
+    case.waiting(message, now.reason if now else "")
+    case.look_again(SPOT_CHECK)
+
+
+def _reason(word: str) -> str:
+    return word or "WorkspaceInferenceStatusPending"
+
+
+def _start(case: Case) -> None:
+    if not _accepted(case):
+        return
+    plan = case.observed.planned.plan
+    assert plan is not None
+    ready = nodes(case, plan)
+    if ready is None:
+        if _phase(case) == "Failed":
+            case.again = True
+        return
+    chosen = next_candidate(case, plan)
+    _make(case, plan.on(chosen) if chosen else plan, ready)
+    case.waiting("the pod has not started yet")
+
+
+def _accepted(case: Case) -> bool:
+    """Whether there is a plan. What is served goes on being served while a changed Workspace cannot be."""
+    planned = case.observed.planned
+    if planned.refusal is None and planned.plan is not None:
+        case.set(conditions.ACCEPTED, "True", "Planned", "")
+        if case.history.missing is not None:
+            case.create.append((REVISIONS, case.history.missing))
+        return True
+    message = words(planned.problems) or "it cannot be planned"
+    if case.set(conditions.ACCEPTED, "False", planned.refusal or "PlanRefused", message):
+        case.note("Warning", planned.refusal or "PlanRefused", message)
+    case.waiting(message)
+    case.endpoint = Endpoint(words=message, refused=True)
+    if case.attempt is not None and case.observed.stateful_set is None:
+        give_up(case, "Refused", message)
+    case.look_again(REFUSED)
+    return False
+
+
+def _make(case: Case, plan: Plan, machines: NodeStatus) -> None:
+    """The objects that serve. Applied: a changed Workspace rolls over to its new form."""
+    settings = case.world.settings
+    revision = Revision(case.history.current.number, serving_hash(case))
+    where: dict[str, Any] = {"owner": case.workspace, "revision": revision, "selector": machines.selector}
+    inference = plan.workspace.inference
+    if isinstance(plan, TemplatePlan) and inference is not None and inference.template is not None:
+        count = plan.workspace.resource.count
+        _apply(
+            case, STATEFUL_SETS, from_template(inference.template, machines=count, **where), case.observed.stateful_set
+        )
+        return
+    assert isinstance(plan, ServingPlan)
+    secrets = plan.job.secrets.registry
+    if case.observed.mounts_images:
+        plan = replace(plan, adapters=as_image_volumes(plan.adapters))
+    rendered = case.world.workload(plan.workspace, plan)
+    case.create.append(
+        (CONFIG_MAPS, config_map(rendered, namespace=case.namespace, owner=case.workspace, revision=revision))
+    )
+    made = stateful_set(
+        rendered,
+        namespace=case.namespace,
+        machines=plan.job.machines,
+        image=settings.runtime_images.get(plan.runtime.name) or settings.tuner_image,
+        image_pull_secrets=tuple(dict.fromkeys((*settings.image_pull_secrets, *secrets))),
+        env=settings.pod_env,
+        cache=settings.model_cache or None,
+        api_key_secret=(case.workspace["metadata"].get("annotations") or {}).get(labels.API_KEY_SECRET, ""),
+        **where,
+    )
+    if plan.job.machines > 1:
+        _apply(case, SERVICES, headless_service(case.workspace), case.observed.headless)
+    _apply(case, STATEFUL_SETS, made, case.observed.stateful_set)
+
+
+def serving_hash(case: Case) -> str:
+    """SHA-256 of what the endpoint is made from; how long it stays does not count."""
+    spec = {k: v for k, v in (case.workspace.get("inference") or {}).items() if k not in ("policy", "idleAfter")}
+    annotations = case.workspace["metadata"].get("annotations") or {}
+    parts = {
+        "resource": case.workspace.get("resource"),
+        "inference": spec,
+        "preset": (case.workspace.get("tuning") or {}).get("preset"),
+        "adapter": {k: (case.status.get("adapter") or {}).get(k) for k in ("image", "digest")} if case.tunes else None,
+        "runtime": annotations.get(labels.RUNTIME),
+        "key": annotations.get(labels.API_KEY_SECRET),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_current(case: Case) -> bool:
+    there = case.observed.stateful_set
+    if there is None or "deletionTimestamp" in there["metadata"]:
+        return False
+    return bool((there["metadata"].get("annotations") or {}).get(labels.REVISION_HASH) == serving_hash(case))
+
+
+def _answering(case: Case) -> str:
+    """Where the endpoint answers: its first pod, in its present form; empty when it does not."""
+    wanted = serving_hash(case)
+    for pod in sorted(case.observed.servers, key=lambda p: str(p["metadata"]["name"])):
+        metadata, status = pod["metadata"], pod.get("status", {})
+        ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in status.get("conditions", ()))
+        current = (metadata.get("annotations") or {}).get(labels.REVISION_HASH) == wanted
+        first = metadata["name"].endswith("-0")
+        if first and ready and current and "deletionTimestamp" not in metadata and status.get("podIP"):
+            ip = status["podIP"]
+            return f"http://[{ip}]:{PORT}" if ":" in ip else f"http://{ip}:{PORT}"
+    return ""
+
+
+def _idle(case: Case) -> None:
+    """Fall asleep when nobody has asked for long enough."""
+    said = [a for p in case.observed.servers if (a := case.observed.activity.get(p["metadata"]["uid"])) is not None]
+    last = max((float(a.fields.get("lastRequest") or 0.0) for a in said), default=0.0)
+    if last:
+        case.status["serving"]["lastRequest"] = case.time_of(last)
+    if case.policy != "onDemand":
+        return
+    if case.observed.demand or any(a.fields.get("inFlight") for a in said):
+        case.look_again(SPOT_CHECK)
+        return
+    since = max(last, seconds(case.status["serving"]["since"]))
+    left = since + case.idle_after - case.observed.now
+    if left > 0:
+        case.look_again(left)
+        return
+    case.note("Normal", "Idle", f"no request for {case.idle_after:.0f} s: the machine is given back")
+    _enter(case, "Asleep")
+    case.again = True
+
+
+def _succeeded(case: Case, message: str) -> None:
+    if not case.tunes:
+        case.set(conditions.WORKSPACE_SUCCEEDED, "True", "workspaceSucceeded", message)
+        case.state("Ready")
+
+
+# --- the Service, and the activator's place in it
+
+
+def _show(case: Case) -> None:
+    """The Service is there from the start. While nothing answers behind it, the activator does."""
+    if (case.workspace.get("inference") or {}).get("template") is not None:
+        return
+    _apply(case, SERVICES, service(case.workspace, port=PORT), case.observed.service)
+    address, held = case.observed.activator, case.observed.slice
+    if case.endpoint is None:
+        case.endpoint = Endpoint(words=ASLEEP)
+    if case.endpoint.address or address is None:
+        if held is not None:
+            case.delete.append(Deletion(ENDPOINT_SLICES, held["metadata"]["name"], held["metadata"]["uid"]))
+    else:
+        _apply(case, ENDPOINT_SLICES, activator_slice(case.workspace, address), held)
+
+
+def _apply(case: Case, kind: Kind, obj: Object, there: Object | None) -> None:
+    wanted = applied(obj)
+    if not is_applied(there, wanted):
+        case.apply.append((kind, wanted))
+
+
+def _parts(case: Case) -> list[tuple[Kind, Object]]:
+    seen = case.observed
+    found = (
+        (STATEFUL_SETS, seen.stateful_set),
+        (SERVICES, seen.service),
+        (SERVICES, seen.headless),
+        (ENDPOINT_SLICES, seen.slice),
+    )
+    return [(kind, obj) for kind, obj in found if obj is not None and "deletionTimestamp" not in obj["metadata"]]

@@ -1,0 +1,274 @@
+"""What the controller decides about endpoints, on plain dicts; then the same with crashes anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kaito_core.kube.kinds import ENDPOINT_SLICES, SERVICES, STATEFUL_SETS
+from kaito_core.plugins.types import InsufficientCapacity
+
+from .simulation import Crash, Simulation, workspace_object
+from .test_decide import FINISHED, ended
+
+ACTIVATOR = ("10.0.0.1", 20001)
+IDLE = 900.0
+
+
+def serving(policy: str = "onDemand", **given: Any) -> Simulation:
+    obj = workspace_object(inference={"preset": {"name": "tiny"}, "policy": policy})
+    del obj["tuning"]
+    return Simulation(workspace=obj, activator=ACTIVATOR, **given)
+
+
+def tuned(**given: Any) -> Simulation:
+    """A Workspace whose tuning has just ended well."""
+    simulation = Simulation(activator=ACTIVATOR, **given)
+    simulation.settle()
+    simulation.pod(container=ended(0, FINISHED))
+    simulation.end_job("Complete")
+    simulation.settle()
+    return simulation
+
+
+def awake(simulation: Simulation) -> Simulation:
+    """Somebody has asked, and the pod answers."""
+    simulation.demand = True
+    simulation.settle()
+    simulation.answers()
+    simulation.settle()
+    return simulation
+
+
+def ports(simulation: Simulation) -> list[tuple[int, Any]]:
+    return [(p["port"], p["targetPort"]) for p in simulation.objects[SERVICES, "one"]["spec"]["ports"]]
+
+
+def phase(simulation: Simulation) -> str:
+    assert simulation.workspace is not None
+    return str(simulation.workspace["status"]["serving"]["phase"])
+
+
+def test_after_a_tuning_the_service_is_there_and_no_machine() -> None:
+    """What the quick start shows: ready, with the Service's two ports; a GPU that idles is money burnt."""
+    simulation = tuned()
+    assert simulation.state == "Succeeded"
+    assert simulation.condition("WorkspaceSucceeded")["status"] == "True"
+    assert simulation.condition("InferenceReady")["status"] == "True"
+    assert simulation.condition("ResourceReady")["status"] == "True"
+    assert ports(simulation) == [(80, 5000), (29500, 29500)]
+    assert not simulation.machines
+    held = simulation.objects[ENDPOINT_SLICES, "one-activator"]
+    assert held["endpoints"][0]["addresses"] == ["10.0.0.1"]
+    assert held["ports"][0]["port"] == 20001
+    assert held["metadata"]["labels"]["kubernetes.io/service-name"] == "one"
+
+
+def test_the_first_request_gets_a_machine_and_idleness_gives_it_back() -> None:
+    simulation = tuned()
+    simulation.demand = True
+    simulation.settle()
+    assert len(simulation.machines) == 1
+    assert simulation.told is not None
+    assert not simulation.told.address
+    job = json.loads(_config(simulation)["serving.json"])
+    assert [(a["name"], a["image"]) for a in job["adapters"]] == [("one", "r.io/a:1")]
+    simulation.answers()
+    simulation.settle()
+    assert simulation.told.address == "http://10.0.0.9:5000"
+    assert (ENDPOINT_SLICES, "one-activator") not in simulation.objects
+    simulation.demand = False
+    simulation.last_request, simulation.in_flight = simulation.now + 60, 1
+    simulation.now += 2 * IDLE
+    simulation.settle()
+    assert phase(simulation) == "Ready", "it is still answering"
+    simulation.in_flight = 0
+    simulation.settle()
+    assert phase(simulation) == "Asleep"
+    assert not simulation.machines
+    assert not simulation.servers
+    assert (ENDPOINT_SLICES, "one-activator") in simulation.objects
+    assert simulation.condition("InferenceReady")["status"] == "True"
+    assert simulation.state == "Succeeded"
+
+
+def _config(simulation: Simulation) -> dict[str, str]:
+    return next(
+        o["data"] for (k, _), o in simulation.objects.items() if k.kind == "ConfigMap" and "serving.json" in o["data"]
+    )
+
+
+def test_always_is_there_without_anybody_asking() -> None:
+    simulation = serving("always")
+    simulation.settle()
+    assert len(simulation.machines) == 1
+    assert simulation.state == "NotReady"
+    simulation.answers()
+    simulation.settle()
+    assert simulation.state == "Ready"
+    assert simulation.condition("WorkspaceSucceeded")["status"] == "True"
+    simulation.now += 10 * IDLE
+    simulation.settle()
+    assert phase(simulation) == "Ready"
+
+
+def test_never_is_never() -> None:
+    obj = workspace_object()
+    obj["metadata"]["annotations"] = {"kaito.sh/serve-after-tuning": "never"}
+    simulation = tuned(workspace=obj)
+    assert (SERVICES, "one") not in simulation.objects
+    assert not simulation.condition("InferenceReady")
+
+
+def test_a_machine_that_cannot_be_had_is_said_and_tried_again_when_somebody_asks_again() -> None:
+    failures = {name: InsufficientCapacity(f"no {name} left") for name in ("cheap", "dear")}
+    simulation = serving(failures=dict(failures))
+    simulation.settle()
+    simulation.demand = True
+    simulation.settle()
+    assert phase(simulation) == "Failed"
+    assert simulation.told is not None
+    assert simulation.told.refused
+    assert "no cheap left" in simulation.told.words
+    assert "no dear left" in simulation.told.words
+    simulation.failures.clear()
+    simulation.now += 30
+    simulation.settle()
+    assert len(simulation.machines) == 1
+
+
+def test_a_changed_endpoint_rolls_over_and_the_tuning_is_not_done_again() -> None:
+    simulation = awake(tuned())
+    before = simulation.objects[STATEFUL_SETS, "one"]["metadata"]["annotations"]["workspace.kaito.io/hash"]
+    assert simulation.workspace is not None
+    adapter = {"source": {"name": "second", "image": "r.io/b:2"}}
+    simulation.workspace["inference"] = {"adapters": [adapter]}
+    simulation.settle()
+    after = simulation.objects[STATEFUL_SETS, "one"]["metadata"]["annotations"]["workspace.kaito.io/hash"]
+    assert before != after
+    assert simulation.told is not None
+    assert not simulation.told.address, "the new pod is not ready: requests are held, not refused"
+    assert (ENDPOINT_SLICES, "one-activator") in simulation.objects
+    simulation.answers()
+    simulation.settle()
+    assert simulation.told.address
+    assert simulation.bought == ["cheap", "cheap"], "one for the tuning, one for serving"
+
+
+def test_a_lost_machine_is_replaced() -> None:
+    simulation = awake(tuned())
+    simulation.take_away()
+    simulation.settle()
+    assert len(simulation.machines) == 1
+    assert "MachineLost" in simulation.notes
+    simulation.answers()
+    simulation.settle()
+    assert phase(simulation) == "Ready"
+
+
+def test_a_policy_that_becomes_never_takes_everything_away() -> None:
+    simulation = awake(tuned())
+    assert simulation.workspace is not None
+    simulation.workspace["inference"] = {"policy": "never"}
+    simulation.settle()
+    assert not {SERVICES, STATEFUL_SETS, ENDPOINT_SLICES} & {k for k, _ in simulation.objects}
+    assert not simulation.machines
+
+
+def test_deleting_gives_the_machine_back_first() -> None:
+    simulation = awake(tuned(gone_after=1))
+    simulation.remove()
+    simulation.reconcile()
+    assert simulation.workspace is not None
+    simulation.settle()
+    assert simulation.workspace is None
+    assert not simulation.machines
+
+
+@pytest.mark.parametrize("policy", ["onDemand", "always"])
+def test_at_rest_nothing_is_written(policy: str) -> None:
+    simulation = awake(serving(policy))
+    before = simulation.writes
+    for _ in range(5):
+        simulation.reconcile()
+    assert simulation.writes == before
+
+
+class Endpoints(RuleBasedStateMachine):
+    """Requests, idleness, lost machines, changes and crashes in any order."""
+
+    @initialize(policy=st.sampled_from(["onDemand", "always"]), after=st.booleans())
+    def begin(self, policy: str, after: bool) -> None:
+        self.simulation = tuned() if after else serving(policy)
+
+    def run(self) -> None:
+        with contextlib.suppress(Crash):
+            self.simulation.settle()
+
+    @rule(steps=st.integers(0, 12))
+    def the_controller_dies(self, steps: int) -> None:
+        self.simulation.crash_after = steps
+        self.run()
+        self.simulation.crash_after = -1
+
+    @rule(asks=st.booleans())
+    def somebody_asks(self, asks: bool) -> None:
+        self.simulation.demand = asks
+        self.run()
+
+    @rule()
+    def the_pod_answers(self) -> None:
+        self.simulation.answers()
+        self.run()
+
+    @rule(seconds=st.sampled_from([10.0, 120.0, 2000.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.simulation.now += seconds
+        self.run()
+
+    @rule()
+    def the_machine_is_lost(self) -> None:
+        self.simulation.take_away()
+        self.run()
+
+    @precondition(lambda self: self.simulation.workspace is not None)
+    @rule(policy=st.sampled_from(["onDemand", "always", "never"]))
+    def the_policy_changes(self, policy: str) -> None:
+        workspace = self.simulation.workspace
+        assert workspace is not None
+        workspace["inference"] = {**workspace.get("inference", {}), "policy": policy}
+        self.run()
+
+    @invariant()
+    def never_two_machines(self) -> None:
+        if hasattr(self, "simulation"):
+            assert self.simulation.most <= 1
+
+    def teardown(self) -> None:
+        if not hasattr(self, "simulation"):
+            return
+        simulation = self.simulation
+        if simulation.workspace is not None:
+            # Whatever has happened: it can be brought up, and falls asleep, and lets go of everything.
+            simulation.workspace["inference"] = {**simulation.workspace.get("inference", {}), "policy": "onDemand"}
+            simulation.now += 1000
+            awake(simulation)
+            assert phase(simulation) == "Ready"
+            simulation.demand = False
+            simulation.now += 10 * IDLE
+            simulation.settle()
+            assert phase(simulation) == "Asleep"
+            assert not simulation.machines
+            simulation.remove()
+            simulation.settle()
+        assert not simulation.machines
+
+
+TestEndpoints = Endpoints.TestCase
+TestEndpoints.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)

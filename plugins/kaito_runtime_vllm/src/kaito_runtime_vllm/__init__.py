@@ -1,0 +1,3 @@
+"""vLLM serving for kaito. This module imports nothing: the control side must stay light."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""What an adapter says of the model that it belongs to, and of how a conversation is written for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kaito_core.plugins.types import ChatFormat, ModelSource
+from kaito_core.workloads.job import Folders, TuningJob
+from kaito_tuner_qlora import artifact
+
+METRICS: dict[str, Any] = {"summary": {}}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    """With a model whose own files say template and end, and with an adapter as peft leaves it on the training machine."""
+    found = Folders(tmp_path / "data", tmp_path / "my-model", tmp_path / "results")
+    found.weights.mkdir()
+    found.results.mkdir()
+    own = {"chat_template": "{{ messages }}</s>", "eos_token": "</s>"}
+    (found.weights / "tokenizer_config.json").write_text(json.dumps(own))
+    trained = found.results / "trained"
+    trained.mkdir()
+    (trained / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(found.weights), "r": 8}))
+    (trained / artifact.WEIGHTS).write_bytes(b"weights")
+    return found
+
+
+def written(job: TuningJob, folders: Folders) -> Path:
+    return artifact.write(folders.results / "trained", job, folders, METRICS)
+
+
+def of_its_own(job: TuningJob) -> TuningJob:
+    return replace(job, preset=replace(job.preset, chat=ChatFormat("", ())))
+
+
+def test_what_the_preset_leaves_empty_is_the_models_own(make_job: Any, folders: Folders) -> None:
+    adapter = written(of_its_own(make_job()), folders)
+    assert (adapter / "chat_template.jinja").read_text() == "{{ messages }}</s>"
+    assert json.loads((adapter / "kaito.json").read_text())["stop_tokens"] == ["</s>"]
+
+
+def test_a_model_without_a_template_gives_an_adapter_without_one(make_job: Any, folders: Folders) -> None:
+    """An empty file would be taken for a template that says nothing."""
+    (folders.weights / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    adapter = written(of_its_own(make_job()), folders)
+    assert not (adapter / "chat_template.jinja").exists()
+    assert json.loads((adapter / "kaito.json").read_text())["chat_template_digest"] == ""
+
+
+def test_a_template_of_the_user_counts_first(make_job: Any, folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ mine }}")
+    for asked, expected in ((str(tmp_path / "mine.jinja"), "{{ mine }}"), ("{{ m }}" * 100, "{{ m }}" * 100)):
+        adapter = written(make_job(ModelConfig={"chat_template": asked}), folders)
+        assert (adapter / "chat_template.jinja").read_text() == expected
+
+
+def test_an_adapter_of_a_model_in_a_folder_names_no_path_of_this_machine(make_job: Any, folders: Folders) -> None:
+    job = make_job()
+    source = ModelSource(folder=str(folders.weights), revision="sha256:" + "e" * 64)
+    preset = replace(job.preset, name="my-model", source=source, description=f"read from {folders.weights}")
+    adapter = written(replace(job, preset=preset, model_folder=str(folders.weights)), folders)
+    config, facts = (json.loads((adapter / name).read_text()) for name in ("adapter_config.json", "kaito.json"))
+    assert config["base_model_name_or_path"] == facts["base_model"] == "my-model"
+    assert config["revision"] == facts["revision"] == "sha256:" + "e" * 64
+    for path in adapter.iterdir():
+        assert str(folders.weights.parent).encode() not in path.read_bytes()
