@@ -143,6 +143,28 @@ def test_a_machine_that_cannot_be_had_is_said_and_tried_again_when_somebody_asks
     assert len(simulation.machines) == 1
 
 
+def test_an_endpoint_that_cannot_become_well_holds_no_machine() -> None:
+    """An adapter of another model: found out by the stage ``check``, which the kubelet would start again for ever."""
+    simulation = serving("always")
+    simulation.settle()
+    words = {"event": "failed", "stage": "check", "message": "the adapter is of another model", "remedy": "take it out"}
+    again = {"waiting": {"reason": "CrashLoopBackOff"}}
+    [pod] = simulation.servers
+    pod["status"]["initContainerStatuses"] = [{"name": "check", "state": again, "lastState": ended(2, words)}]
+    simulation.settle()
+    assert phase(simulation) == "Failed"
+    assert "the adapter is of another model – take it out" in simulation.condition("InferenceReady")["message"]
+    assert not simulation.machines
+    assert not simulation.servers
+    simulation.now += 10_000
+    simulation.settle()
+    assert len(simulation.bought) == 1, "the same is not tried again"
+    assert simulation.workspace is not None
+    simulation.workspace["resource"] = {"count": 1, "keep": "1m"}
+    simulation.settle()
+    assert len(simulation.bought) == 2, "something was changed"
+
+
 def test_a_changed_endpoint_rolls_over_and_the_tuning_is_not_done_again() -> None:
     simulation = awake(tuned())
     before = simulation.objects[STATEFUL_SETS, "one"]["metadata"]["annotations"]["workspace.kaito.io/hash"]

@@ -14,6 +14,13 @@ START = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunCon
                    "ContainerCannotRun", "PreCreateHookError", "PostStartHookError"})  # fmt: skip
 
 
+WRONG_INPUT = 2
+"""The exit code of a stage whose input is wrong."""
+
+MOST_RESTARTS = 5
+"""So often the kubelet may start a container of an endpoint again, some five minutes in all, before its machine is given back."""
+
+
 @dataclass(frozen=True)
 class Trouble:
     """Why a pod does not run, or no longer."""
@@ -23,6 +30,8 @@ class Trouble:
     message: str
     stuck: bool = False
     """Nothing will change by itself, though the pod has not ended."""
+    final: bool = False
+    """Trying again would only find the same out again: the input is wrong."""
 
 
 def latest(pods: Iterable[Object]) -> Object | None:
@@ -79,7 +88,8 @@ def _ended(container: Mapping[str, Any]) -> Trouble | None:
         return Trouble("ContainerOOMKilled", f"the container {name!r} ran out of memory{stage} and was killed")
     if said.get("event") == "failed":
         remedy = f" – {said['remedy']}" if said.get("remedy") else ""
-        return Trouble("StageFailed", f"the stage {said.get('stage')!r} failed: {said.get('message')}{remedy}")
+        words = f"the stage {said.get('stage')!r} failed: {said.get('message')}{remedy}"
+        return Trouble("StageFailed", words, final=ended.get("exitCode") == WRONG_INPUT)
     if said.get("event") == "interrupted":
         return Trouble("Interrupted", f"the stage {said.get('stage')!r} was interrupted; what it did is kept")
     how = f"ended with exit code {ended.get('exitCode')}"
@@ -98,6 +108,12 @@ def _waiting(container: Mapping[str, Any]) -> Trouble | None:
         return Trouble(
             "ContainerStartError", f"the container {container['name']!r} cannot start: {message or reason}", stuck=True
         )
+    if reason == "CrashLoopBackOff":
+        before = _ended({**container, "state": container.get("lastState", {})})
+        tried = int(container.get("restartCount", 0))
+        words = before.message if before else str(message)
+        final = tried >= MOST_RESTARTS or (before is not None and before.final)
+        return Trouble("ContainerCrashLoopBackOff", f"{words} (tried {tried + 1} times)", final=final)
     return None
 
 

@@ -68,7 +68,7 @@ def serve(case: Case) -> None:
         _stop(case)
         said = find(case.status.get("conditions"), conditions.INFERENCE_READY) or {}
         case.endpoint = Endpoint(words=str(said.get("message", "")), refused=True)
-        if case.policy == "always":
+        if case.policy == "always" and not case.status["serving"].get("revision"):
             case.look_again(RETRY)
     else:
         _sleep(case)
@@ -101,7 +101,7 @@ def _phase(case: Case) -> str:
 
 
 def _enter(case: Case, phase: str) -> str:
-    known = case.status.get("serving") or {}
+    known = {k: v for k, v in (case.status.get("serving") or {}).items() if k != "revision"}
     if known.get("phase") != phase:
         case.status["serving"] = {**known, "phase": phase, "since": case.time}
     return phase
@@ -109,6 +109,8 @@ def _enter(case: Case, phase: str) -> str:
 
 def _is_wanted(case: Case, phase: str) -> bool:
     """Whether it shall be there now, though it is not."""
+    if phase == "Failed" and case.status["serving"].get("revision") == serving_hash(case):
+        return False
     if phase == "Failed" and _for(case) < (RETRY if case.policy == "always" else RETRY_ON_DEMAND):
         return False
     return case.policy == "always" or case.observed.demand
@@ -175,6 +177,13 @@ def _run(case: Case) -> None:
         return
     pod = latest(case.observed.servers)
     now = trouble(pod) if pod is not None else None
+    if now is not None and now.final:
+        # The machine would wait, and be paid, for what cannot become well by itself.
+        case.note("Warning", now.reason, now.message)
+        case.failed(now.message)
+        case.status["serving"]["revision"] = serving_hash(case)
+        case.again = True
+        return
     message = now.message if now else "the pod starts"
     if case.set(conditions.INFERENCE_READY, "False", _reason(now.reason if now else ""), message) and now:
         case.note("Warning", now.reason, now.message)
