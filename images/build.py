@@ -37,6 +37,7 @@ PACKAGES = {
         "plugins/kaito_provisioner_aks",
     ),
     "tuner": BOTH,
+    "vllm": (*BOTH[:-2], "plugins/kaito_runtime_vllm"),
 }
 """What of this repository is in which image."""
 TOOLS = {"docker": ("docker", "build"), "podman": ("podman", "build"), "buildah": ("buildah", "bud", "--layers")}
@@ -57,7 +58,8 @@ def main() -> int:
             shutil.rmtree(wheels, ignore_errors=True)
             if not _wheels(name, wheels, epoch):
                 return 1
-            shutil.copy(IMAGES / f"constraints-{name}.txt", Path(folder) / "constraints.txt")
+            if name != "vllm":  # vLLM's own image has its packages already
+                shutil.copy(IMAGES / f"constraints-{name}.txt", Path(folder) / "constraints.txt")
             command = [*TOOLS[tool], "--file", str(IMAGES / name / "Dockerfile"), "--tag", reference]
             command += ["--label", f"org.opencontainers.image.version={version()}"]
             command += ["--label", f"org.opencontainers.image.revision={_git('rev-parse', 'HEAD') or 'unknown'}"]
@@ -75,7 +77,13 @@ def main() -> int:
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", nargs="?", choices=["controller", "tuner", "all"], default="all")
+    parser.add_argument(
+        "image",
+        nargs="?",
+        choices=["controller", "tuner", "vllm", "all"],
+        default="all",
+        help="all: controller and tuner",
+    )
     parser.add_argument("--registry", required=True, help="what goes before /kaito-controller: HOST or HOST/PATH")
     parser.add_argument("--tag", default=version(), help="default: the version, %(default)s")
     parser.add_argument("--push", action="store_true", help="push them as well; log in before")

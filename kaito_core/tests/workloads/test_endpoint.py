@@ -86,7 +86,8 @@ def test_of_several_machines_the_others_are_not_killed_for_not_answering() -> No
     (main,) = pod(made)["containers"]
     assert "startupProbe" not in main
     assert "livenessProbe" not in main
-    env = {e["name"]: e["value"] for e in main["env"]}
+    env = {e["name"]: e.get("value", e.get("valueFrom")) for e in main["env"]}
+    assert env["KAITO_NODE_RANK"] == {"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}
     assert (env["KAITO_NODES"], env["KAITO_LEADER"]) == ("2", "one-0.one-headless.default.svc")
     assert headless_service(OWNER)["spec"]["publishNotReadyAddresses"] is True
 

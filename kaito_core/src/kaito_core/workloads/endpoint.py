@@ -70,6 +70,8 @@ def service(workspace: Object, *, port: int) -> Object:
     }
 
 
+POD_INDEX: Final = "apps.kubernetes.io/pod-index"
+"""Which of a StatefulSet's pods it is, from 0 on (Kubernetes 1.28)."""
 FIRST_POD: Final = "statefulset.kubernetes.io/pod-name"
 
 
@@ -128,6 +130,9 @@ def stateful_set(
         start = math.ceil(endpoint.start_seconds / START_PROBE_SECONDS)
         main["startupProbe"] = {**asked, "periodSeconds": START_PROBE_SECONDS, "failureThreshold": start}
         main["livenessProbe"] = {**asked, "failureThreshold": 3}
+    if machines > 1:
+        place = {"fieldRef": {"fieldPath": f"metadata.labels['{POD_INDEX}']"}}
+        main["env"] = [*main["env"], {"name": "KAITO_NODE_RANK", "valueFrom": place}]
     main["lifecycle"] = {"preStop": {"sleep": {"seconds": DRAIN_SECONDS}}}
     if api_key_secret:
         secret = {"secretName": api_key_secret, "defaultMode": 0o440}
