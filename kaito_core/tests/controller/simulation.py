@@ -98,6 +98,8 @@ class Simulation:
     """The Node object of the machine; None when it is gone."""
     tagged: list[tuple[str, ...]] = field(default_factory=list)
     """The instance types of every question: the first and those that would do as well."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """What the last question said of whom it is for."""
     pending: int = 0
     """How many more times the cloud says that a machine is on its way."""
     writes: int = 0
@@ -290,6 +292,7 @@ class Simulation:
             return NodeStatus(question.request_id, "ready" if there else "absent", ("node-1",) if there else ())
         request = question.request
         self.tagged.append(tuple(o.instance_type for o in (request.offer, *request.also)))
+        self.tags = dict(request.tags)
         failure = self.failures.get(request.offer.instance_type)
         if failure is not None:
             return NodeStatus(request.id, "failed", message=str(failure), failure=failure)
@@ -321,7 +324,10 @@ class Simulation:
         for _ in range(rounds):
             before, waiting = self.writes, self.pending
             self.reconcile()
-            if self.workspace is None or (self.writes == before and waiting == 0 and not self._is_leaving()):
+            if self.workspace is None:
+                return
+            asks = waiting > 0 and self.state not in ("Succeeded", "Failed")
+            if self.writes == before and not asks and not self._is_leaving():
                 return
         raise AssertionError("it never comes to rest")
 

@@ -108,6 +108,19 @@ def test_nothing_is_held_where_nothing_has_to_be_given_back() -> None:
 # --- nodes
 
 
+def test_a_node_class_that_the_workspace_names_is_handed_on() -> None:
+    """KAITO's annotation ``kaito.sh/node-class-name``."""
+    obj = workspace_object()
+    obj["metadata"]["annotations"] = {"kaito.sh/node-class-name": "gpu"}
+    simulation = Simulation(workspace=obj)
+    simulation.settle()
+    assert simulation.tags == {
+        "kaito.sh/workspace": "one",
+        "kaito.sh/workspacenamespace": "default",
+        "kaito.sh/node-class-name": "gpu",
+    }
+
+
 def test_a_job_is_made_when_the_machine_is_ready_and_not_before() -> None:
     simulation = Simulation(pending=3)
     simulation.reconcile()

@@ -262,7 +262,8 @@ class NodeRequest:
     offer: Offer
     requirements: Requirements
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Who it is for: `kaito_core.api.labels.WORKSPACE` and ``WORKSPACE_NAMESPACE``. New nodes have them as labels, and what is
+    """Who it is for: `kaito_core.api.labels.WORKSPACE` and ``WORKSPACE_NAMESPACE``; with ``NODE_CLASS_NAME`` where the Workspace names
+    a node class. New nodes have them as labels, and what is
     bought has them as tags, so that `NodeProvisioner.held` can tell."""
     also: tuple[Offer, ...] = ()
     """Other offers of the same provisioner on which the job runs in just the same way. A provisioner whose cloud can choose may ask

@@ -280,7 +280,8 @@ def _known(regions: tuple[str, ...], requirements: Requirements) -> list[Offer]:
 
 
 def _same_tags(found: Pool, request: NodeRequest) -> bool:
-    return all(found.marks.get(k) == v for k, v in request.tags.items())
+    whose = (WORKSPACE, WORKSPACE_NAMESPACE)  # what else is said there may change, and buys nothing anew
+    return all(found.marks.get(k) == v for k, v in request.tags.items() if k in whose)
 
 
 def _releasing(found: Pool) -> NodeStatus:

@@ -56,6 +56,9 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
         begun = {"started": case.time, "revision": case.history.current.number}
         case.attempts.append(_attempt(candidate.offer) | _price(candidate.offer) | begun)
     tags = {labels.WORKSPACE: case.name, labels.WORKSPACE_NAMESPACE: case.namespace}
+    annotations = case.workspace["metadata"].get("annotations") or {}
+    if labels.NODE_CLASS_NAME in annotations:
+        tags[labels.NODE_CLASS_NAME] = str(annotations[labels.NODE_CLASS_NAME])
     request = NodeRequest(case.request_id, candidate.offer, requirements(plan.workspace), tags, also)
     case.status["targetNodeCount"] = request.requirements.count
     ask = Ensure(candidate.offer.provisioner, request)
