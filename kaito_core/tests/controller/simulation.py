@@ -14,7 +14,7 @@ from kaito_core.controller.reconcile.decide import decide, serves
 from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, PodProgress, World
 from kaito_core.controller.settings import Settings
-from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, SERVICES, STATEFUL_SETS, Kind, Object
+from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, PODS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Catalog, plan
 from kaito_core.planning.serving import serving_after
 from kaito_core.plugins.types import InferenceRuntime, NodeStatus, Offer, Price, ProvisioningError
@@ -205,18 +205,20 @@ class Simulation:
         else:
             there["metadata"] |= copy.deepcopy(obj["metadata"])
             there.update({k: copy.deepcopy(v) for k, v in obj.items() if k != "metadata"})
-        if kind == STATEFUL_SETS:  # rolled over at once, and not ready yet
-            self.servers = [
-                {
-                    "metadata": {
-                        **copy.deepcopy(obj["spec"]["template"]["metadata"]),
-                        "name": "one-0",
-                        "uid": f"s-{self.writes}",
-                    },
-                    "spec": {"nodeName": "node-1"},
-                    "status": {"podIP": "10.0.0.9"},
-                }
-            ]
+        if kind == STATEFUL_SETS and (obj["spec"]["replicas"] == 1 or not self.servers):
+            self._start_servers(obj)
+
+    def _start_servers(self, obj: Object) -> None:
+        """In the present form, and not ready yet."""
+        made = copy.deepcopy(obj["spec"]["template"]["metadata"])
+        self.servers = [
+            {
+                "metadata": {**made, "name": f"one-{n}", "uid": f"s-{n}-{self.writes}"},
+                "spec": {"nodeName": "node-1"},
+                "status": {"podIP": "10.0.0.9"},
+            }
+            for n in range(obj["spec"]["replicas"])
+        ]
 
     def answers(self, *, ready: bool = True) -> None:
         """The kubelet says that the server's pod is ready."""
@@ -241,6 +243,10 @@ class Simulation:
             self.pods.clear()
         if kind == STATEFUL_SETS:
             self.servers.clear()
+        if kind == PODS:
+            self.servers = [p for p in self.servers if p["metadata"]["name"] != name]
+            if not self.servers:
+                self._start_servers(self.objects[STATEFUL_SETS, "one"])
 
     @property
     def job(self) -> Object | None:

@@ -183,6 +183,28 @@ def test_a_changed_endpoint_rolls_over_and_the_tuning_is_not_done_again() -> Non
     assert simulation.bought == ["cheap", "cheap"], "one for the tuning, one for serving"
 
 
+def test_several_machines_change_together() -> None:
+    """A pod of the new form finds no place among those of the old one."""
+    simulation = serving("always")
+    assert simulation.workspace is not None
+    simulation.workspace["resource"] = {"count": 2}
+    simulation.settle()
+    assert [p["metadata"]["name"] for p in simulation.servers] == ["one-0", "one-1"]
+    assert "one-headless" in {n for _, n in simulation.objects}
+    simulation.answers()
+    simulation.settle()
+    old = {p["metadata"]["uid"] for p in simulation.servers}
+    simulation.workspace["inference"]["adapters"] = [{"source": {"name": "second", "image": "r.io/b:2"}}]
+    simulation.settle()
+    assert len(simulation.servers) == 2
+    assert not old & {p["metadata"]["uid"] for p in simulation.servers}
+    assert simulation.told is not None
+    assert not simulation.told.address
+    simulation.answers()
+    simulation.settle()
+    assert simulation.told.address
+
+
 def test_a_lost_machine_is_replaced() -> None:
     simulation = awake(tuned())
     simulation.take_away()

@@ -39,7 +39,7 @@ def test_the_whole_line_for_a_model_on_one_gpu() -> None:
         "--port=5000",
         "--served-model-name=phi-3-mini-128k-instruct",
         f"--middleware={FACE}",
-        "--shutdown-timeout=25",
+        "--shutdown-timeout=90",
         "--disable-access-log-for-endpoints=/health,/healthz,/metrics",
         "--enforce-eager",
         '--speculative-config={"method":"ngram"}',

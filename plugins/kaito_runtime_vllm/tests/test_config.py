@@ -40,7 +40,7 @@ def test_the_users_flags_stand_over_the_presets_over_ours() -> None:
     preset = replace(PHI_3_MINI, inference={"vllm": {"max-model-len": 8192, "reasoning-parser": "qwen3"}})
     found = vllm({"max_model_len": "4K", "shutdown-timeout": 5}, preset)
     assert (found["max-model-len"], found["reasoning-parser"], found["shutdown-timeout"]) == (4096, "qwen3", 5)
-    assert vllm({})["shutdown-timeout"] == 25
+    assert vllm({})["shutdown-timeout"] == 90
 
 
 def test_flags_may_be_written_in_every_way_that_vllm_takes() -> None:

@@ -135,7 +135,7 @@ def test_machines_that_cannot_be_used_say_why_first() -> None:
     assert "mxfp4 needs a GPU of compute capability 8.0" in fit(replace(PHI_3_MINI, quantization="mxfp4"), T4).notes[0]
     assert "no bfloat16" in fit(PHI_3_MINI, T4, dtype="bfloat16").notes[0]
     assert "no build" in fit(PHI_3_MINI, replace(A100, vendor="other", compute_capability=None)).notes[0]
-    assert "from one machine" in fit(PHI_3_MINI, None, machines=2).notes[0]
+    assert "take the runtime transformers" in fit(PHI_3_MINI, None, machines=2).notes[0]
 
 
 def test_gpus_without_bfloat16_compute_in_float16_and_cpus_in_float32() -> None:

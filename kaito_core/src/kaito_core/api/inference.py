@@ -59,7 +59,7 @@ class AdapterSpec(Resource):
 
     source: DataSource = Field(description="Where the adapter is: `name`, and `image` or `volumeSource`.")
     strength: Annotated[str, Field(max_length=32)] = Field(
-        "1.0", description='How much of the adapter to mix in, from "0" to "1", in quotes. Not with vLLM.'
+        "1.0", description='How much of the adapter to mix in, from "0" to "1", in quotes.'
     )
 
 

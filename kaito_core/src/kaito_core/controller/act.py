@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kaito_core.api import labels
 from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
 from kaito_core.kube.errors import AlreadyExists
 from kaito_core.kube.kinds import WORKSPACES, Kind, Object
-from kaito_core.plugins.types import NodeProvisioner, NodeStatus, ProvisioningError, Transient
-from kaito_core.problems import Failure
+from kaito_core.plugins.calls import words
+from kaito_core.plugins.types import (
+    InsufficientCapacity,
+    NodeProvisioner,
+    NodeStatus,
+    NotAuthorized,
+    ProvisioningError,
+    QuotaExceeded,
+    Transient,
+    Unsupported,
+)
+from kaito_core.problems import Failure, KaitoError
 
 if TYPE_CHECKING:
     from kaito_core.controller.seen import Seen
@@ -146,14 +158,42 @@ def _answer(provisioner: NodeProvisioner, question: Ensure | Observe | Release) 
     phases: dict[str, Literal["failed", "pending", "releasing"]] = {"Ensure": "failed", "Observe": "pending"}
     phase = phases.get(type(question).__name__, "releasing")
     try:
-        if isinstance(question, Ensure):
-            return provisioner.ensure(question.request)
-        if isinstance(question, Observe):
-            return provisioner.observe(request_id)
-        return provisioner.release(request_id)
+        return _understood(_asked(provisioner, question))
     except ProvisioningError as e:
-        return NodeStatus(request_id, phase, message=str(e), failure=e)
-    except Exception as e:
+        return NodeStatus(request_id, phase, message=str(e), failure=_known(e))
+    except KaitoError as e:  # a plugin's fault in the words of its guard, or a cluster that does not answer
+        log.warning("%s", e.problems[0].message, exc_info=e)
+        message = e.problems[0].message
+    except BaseException as e:  # sys.exit() too; nobody presses Ctrl-C in a worker's thread
         log.exception("the node provisioner %s broke", question.provisioner)
-        message = f"the node provisioner {question.provisioner!r} broke: {type(e).__name__}: {e}"
-        return NodeStatus(request_id, phase, message=message, failure=Transient(message))
+        message = f"the node provisioner {question.provisioner!r} broke: {words(e)}"
+    return NodeStatus(request_id, phase, message=message, failure=Transient(message))
+
+
+def _asked(provisioner: NodeProvisioner, question: Ensure | Observe | Release) -> NodeStatus:
+    if isinstance(question, Ensure):
+        return provisioner.ensure(question.request)
+    if isinstance(question, Observe):
+        return provisioner.observe(question.request_id)
+    return provisioner.release(question.request_id)
+
+
+KINDS = (InsufficientCapacity, QuotaExceeded, NotAuthorized, Unsupported, Transient)
+"""What a decision goes by. A plugin may have kinds of its own below these."""
+
+
+def _understood(answer: NodeStatus) -> NodeStatus:
+    return answer if answer.failure is None else replace(answer, failure=_known(answer.failure))
+
+
+def _known(failure: ProvisioningError) -> ProvisioningError:
+    """The same failure as one of the kinds of the contract. One that is none of them says no more than that this machine cannot be
+    had: the next offer is tried, as for `Unsupported`."""
+    if type(failure) in KINDS and not isinstance(failure, Transient):
+        return failure
+    kind = next((k for k in KINDS if isinstance(failure, k)), Unsupported)
+    if kind is not Transient:
+        return kind(str(failure))
+    after = getattr(failure, "retry_after", None)
+    usable = isinstance(after, int | float) and math.isfinite(after)
+    return Transient(str(failure), float(after) if usable and after is not None else None)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kaito_core.api import InferenceSpec, TuningSpec, Workspace, labels, read_workspace
+from kaito_core.controller.act import ask
+from kaito_core.controller.reconcile.decision import Ensure
 from kaito_core.controller.reconcile.observed import Planned, Refusal
 from kaito_core.kube.errors import Forbidden, Unreachable
 from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, Object
@@ -171,13 +173,16 @@ class Planner:
                 registry = with_models(self._registry, names, Reader(None, HUB_CACHE, self._hub_token(workspace)))
                 catalog = replace(catalog, registry=registry)
             made = serving_after(workspace, catalog) if serving and workspace.tuning else plan(workspace, catalog)
-            rules = [p for p in self._plugins.validate(workspace, made) if p.severity == "error"]
+            rules = self._plugins.validate(workspace, made)
         except UserError as e:
             return _refused("PlanRefused", e.problems)
         except KaitoError as e:  # a hub that does not answer may in a moment
             return _refused("NoNode" if named_models(workspace) else "PlanRefused", e.problems)
-        if rules:
-            return _refused("PolicyRefused", rules)
+        for problem in rules:
+            if problem.severity != "error":  # among them what a rule says that is broken itself
+                log.warning("%s", problem.message)
+        if broken := [p for p in rules if p.severity == "error"]:
+            return _refused("PolicyRefused", broken)
         if made.refusal is None:
             return Planned(made)
         fitting = [c for c in made.candidates if not c.offer.retired]
@@ -194,7 +199,8 @@ class Planner:
             return refusal
         wanted = requirements(made.workspace)
         named = wanted.instance_types[0] if wanted.instance_types else ""
-        status = existing.ensure(NodeRequest("why", Offer(named, 0, 0, provisioner="existing"), wanted))
+        request = NodeRequest("why", Offer(named, 0, 0, provisioner="existing"), wanted)
+        status = ask(dict(self._provisioners), Ensure("existing", request))
         if status.phase == "ready" or not status.message:
             return refusal
         reasons = "; ".join(c.rejected for c in made.candidates)

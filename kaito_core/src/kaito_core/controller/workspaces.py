@@ -104,7 +104,7 @@ class WorkspaceController:
             client, NODES, transform=_small_node, on_change=self._node_changed, index=labels.REQUEST
         )
         endpoints = [
-            Reflector(client, k, **ours, transform=_small_job, on_change=self._child_changed)
+            Reflector(client, k, **ours, transform=_small_part, on_change=self._child_changed)
             for k in (STATEFUL_SETS, SERVICES, ENDPOINT_SLICES)
         ]
         self.reflectors = [self._nodes, self._revisions, self._jobs, *endpoints, self._pods, self._workspaces]
@@ -347,6 +347,11 @@ def _small(obj: Object, **parts: Any) -> Object:
 
 def _small_job(job: Object) -> Object:
     return _small(job, status=job.get("status"))
+
+
+def _small_part(part: Object) -> Object:
+    """Of an endpoint: what it was made from is in an annotation."""
+    return _small(part, spec={"replicas": part.get("spec", {}).get("replicas")})
 
 
 def _small_pod(pod: Object) -> Object:

@@ -31,6 +31,9 @@ HTTP: Final = 80
 TORCH: Final = 29500
 """The second one: where the processes of a model on several machines find each other."""
 
+BETWEEN: Final = {"torch": TORCH, "rendezvous": 29501, "launchers": 29502, "copies": 29550}
+"""Ports between the machines of one model. NCCL and ZeroMQ choose more of their own."""
+
 API_KEY: Final = "api-key"
 """The key of the Secret that ``kaito.sh/api-key-secret`` names, and the file that the pod sees."""
 
@@ -88,7 +91,7 @@ def headless_service(workspace: Object) -> Object:
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
             "selector": serving_labels(name),
-            "ports": [{"name": "torch", "protocol": "TCP", "port": TORCH, "targetPort": TORCH}],
+            "ports": [{"name": n, "protocol": "TCP", "port": p, "targetPort": p} for n, p in BETWEEN.items()],
         },
     }
 
@@ -268,7 +271,8 @@ def _set(metadata: Object, name: str, machines: int, pod: Object) -> Object:
             "replicas": machines,
             "serviceName": headless_name(name),
             "podManagementPolicy": "Parallel",
-            "updateStrategy": {"type": "RollingUpdate"},
+            # Several machines of one model cannot change one by one: the controller takes all of an old form away together.
+            "updateStrategy": {"type": "RollingUpdate" if machines == 1 else "OnDelete"},
             "selector": {"matchLabels": serving_labels(name)},
             "template": {
                 "metadata": {"labels": metadata["labels"], "annotations": metadata["annotations"]},

@@ -24,8 +24,9 @@ CPU_CACHE: Final = "kv_cache_cpu_memory_utilization"
 SECTIONS: Final = ("vllm", CPU_CACHE, "max_probe_steps")
 
 DEFAULTS: Final[Mapping[str, Any]] = {
-    # A pod that is told to go answers what it has begun; Kubernetes waits 30 seconds unless it is told otherwise.
-    "shutdown-timeout": 25,
+    # A server that is told to go answers what it has begun. kaito's pods have 120 seconds, of which 5 go to the Service forgetting
+    # them and some 10 to the end of the engine.
+    "shutdown-timeout": 90,
     # Probes and scrapers come every few seconds, and say nothing about what is going on.
     "disable-access-log-for-endpoints": "/health,/healthz,/metrics",
 }

@@ -383,7 +383,9 @@ def _impossible(preset: Preset, config: Mapping[str, Any], offer: Offer, machine
     """Why this machine cannot be used at all."""
     vllm, gpu = config["vllm"], offer.gpu
     if gpu is None or not offer.gpus:
-        if machines > 1 or any(vllm.get(f"{w}-parallel-size", 1) > 1 for w in ("tensor", "pipeline", "data")):
+        if not offer.is_local:
+            yield "vLLM's image is for GPUs: on other machines take the runtime transformers"
+        elif machines > 1 or any(vllm.get(f"{w}-parallel-size", 1) > 1 for w in ("tensor", "pipeline", "data")):
             yield "on CPUs vLLM serves from one machine, unspread"
         return
     if gpu.vendor not in ("nvidia", "amd"):

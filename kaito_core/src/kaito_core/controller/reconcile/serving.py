@@ -24,7 +24,7 @@ from kaito_core.controller.reconcile.diagnosis import latest, trouble
 from kaito_core.controller.reconcile.machines import machines_are_there
 from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
 from kaito_core.controller.reconcile.outcome import release
-from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
+from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, PODS, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Plan
 from kaito_core.planning.serving import ServingPlan, TemplatePlan
 from kaito_core.plugins.types import NodeStatus
@@ -164,6 +164,8 @@ def _run(case: Case) -> None:
     if not machines_are_there(case, STATEFUL_SETS, there, latest(case.observed.servers)):
         return
     replicas = int(there.get("spec", {}).get("replicas") or 1)
+    if replicas > 1:
+        _take_old_ones_away(case)
     answering = _answering(case)
     if answering:
         _enter(case, "Ready")
@@ -193,6 +195,16 @@ def _run(case: Case) -> None:
 
 def _reason(word: str) -> str:
     return word or "WorkspaceInferenceStatusPending"
+
+
+def _take_old_ones_away(case: Case) -> None:
+    """The pods of an earlier form, all at once: a new one finds no place among them."""
+    wanted = serving_hash(case)
+    for pod in case.observed.servers:
+        metadata = pod["metadata"]
+        old = (metadata.get("annotations") or {}).get(labels.REVISION_HASH) != wanted
+        if old and "deletionTimestamp" not in metadata:
+            case.delete.append(Deletion(PODS, metadata["name"], metadata["uid"]))
 
 
 def _start(case: Case) -> None:
