@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kaito_core.cli.cluster import follow as follow_module
 from kaito_core.cli.cluster.follow import failure, follow
-from kaito_core.cli.cluster.logs import Printer
+from kaito_core.cli.cluster.logs import Printer, show_logs
 from kaito_core.cli.cluster.pod_log import container_lines
 from kaito_core.cli.cluster.workspace import news, succeeded, tried
 from kaito_core.cli.follow import Follower
@@ -278,3 +279,126 @@ def test_logs_show_words_and_no_events(capsys: pytest.CaptureFixture[str]) -> No
         assert capsys.readouterr().out.splitlines() == shown.split("|")
         assert printer.stages == ["fetch", "train", "push"]
     assert json.loads(printed[0][1].partition("] ")[2])["event"] == "started"
+
+
+# --- endpoints
+
+
+def endpoint(*conditions: Object, phase: str = "", policy: str = "always", **status: Any) -> Object:
+    made = workspace(*conditions, **({"serving": {"phase": phase}} if phase else {}), **status)
+    del made["tuning"]
+    return {**made, "inference": {"preset": {"name": "demo-phi-3"}, "policy": policy}}
+
+
+def server(name: str, **states: str) -> Object:
+    """A pod of an endpoint; its containers are started again when they end."""
+    made = pod(name, **states)
+    made["metadata"] |= {"labels": {"kaito.sh/serving": "true"}, "annotations": {}}
+    made["spec"]["restartPolicy"] = "Always"
+    return made
+
+
+ANSWERS = endpoint(condition("InferenceReady", "True"), condition("WorkspaceSucceeded", "True"), phase="Ready")
+REFUSED = condition("Accepted", "False", "tests do not serve", "PolicyRefused")
+
+
+@pytest.mark.parametrize(
+    ("found", "end"),
+    [
+        (endpoint(), None),
+        (endpoint(condition("InferenceReady", "False", "the pod starts"), phase="Starting"), None),
+        (ANSWERS, True),
+        (endpoint(condition("InferenceReady", "False", "none left"), phase="Failed"), False),
+        (endpoint(condition("InferenceReady", "False", "none left", generation=0), phase="Failed"), None),
+        (endpoint(REFUSED, condition("WorkspaceSucceeded", "True")), False),
+        (endpoint(condition("Accepted", "False", "no such Secret", "SecretMissing")), None),
+        (endpoint(condition("InferenceReady", "False", "nobody holds it", "NoActivator"), policy="onDemand"), False),
+    ],
+)
+def test_an_endpoint_is_at_its_end_when_it_answers_or_will_not(found: Object, end: bool | None) -> None:
+    assert succeeded(found) is end
+
+
+def test_a_change_of_what_is_served_is_no_new_training() -> None:
+    """The controller leaves the condition of the tuning as it was then."""
+    tuned = workspace(condition("WorkspaceSucceeded", "True", generation=1), generation=2)
+    tuned["status"]["finishedRevision"] = hash_of(tuned)
+    assert succeeded({**tuned, "inference": {"policy": "always"}}) is True
+    assert succeeded({**tuned, "tuning": {**TUNING, "method": "lora"}}) is None
+
+
+def test_the_log_of_what_serves_is_shown_until_it_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [event("fetch", "started"), event("fetch", "message", text="12 files"), event("serve", "serving")]
+    cluster = Scripted([endpoint(), endpoint(), ANSWERS], [server("small-0", small="running"), server("small-1")])
+    cluster.printed = {"small-0": lines}
+    end, said = followed(cluster)
+    assert end is ANSWERS
+    assert said == ["pod small-0", "InferenceReady: yes"]
+    assert capsys.readouterr().out.splitlines() == ["fetch", "  12 files"]
+
+
+def test_what_was_refused_before_is_no_end_until_the_controller_has_looked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A ConfigMap that is mended changes nothing of the Workspace."""
+    still = endpoint(REFUSED)
+    end, said = followed(Scripted([still, still, ANSWERS]), refused="tests do not serve")
+    assert end is ANSWERS
+    assert said[0] == "it was refused before: tests do not serve; the controller looks again within a minute"
+    other = endpoint({**REFUSED, "message": "something else"})
+    assert followed(Scripted([still, other, ANSWERS]), refused="tests do not serve")[0] is other
+    monkeypatch.setattr(follow_module, "LOOKS_AGAIN", 0.0)
+    assert followed(Scripted([still, ANSWERS]), refused="tests do not serve")[0] is still
+
+
+def test_who_looks_after_an_endpoint_alone_does_so_until_it_is_ended() -> None:
+    """There is nobody else, and an endpoint has no end of its own."""
+    reached: list[Object] = []
+    with pytest.raises(Failure, match="was deleted"):
+        followed(Scripted([endpoint(), ANSWERS, ANSWERS, None]), until_released=True, reached=reached.append)
+    assert reached == [ANSWERS]
+
+
+def test_a_server_that_is_started_again_has_another_log() -> None:
+    """It may well begin like the one before."""
+    first = server("small-0", small="running")
+    cluster = Scripted([ANSWERS], [first], {"small-0": ["loading", "ready"]})
+    starts = iter([["loading", "out of memory"], ["loading", "ready"]])
+
+    def restart(name: str) -> None:
+        lines = next(starts, None)
+        if lines is None:
+            cluster.pods = []
+            return
+        cluster.printed["small-0"] = lines
+        count = cluster.pods[0]["status"]["containerStatuses"][0].get("restartCount", 0)
+        again = {"name": "small", "restartCount": count + 1, "state": {"waiting": {}}, "lastState": {"terminated": {}}}
+        cluster.pods = [{**first, "status": {"phase": "Running", "containerStatuses": [again]}}]
+
+    cluster.before_read = restart
+    cluster.cuts = {"small-0": [9, 9, 9]}
+    found = [line for _, line in container_lines(cluster, first, follow=True, pause=0)]
+    assert found[:4] == ["loading", "out of memory", "loading", "ready"]
+
+
+def test_the_logs_of_an_endpoint_are_those_of_what_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    job, serves = pod("job", small="terminated"), server("small-0", fetch="terminated", small="running")
+    printed = {"job": [event("train", "message", text="trained")], "small-0": ["a line of the server"]}
+    tuned = workspace(condition("WorkspaceSucceeded", "True"), state="Succeeded")
+
+    def shown(found: Object, pods: list[Object], **options: Any) -> list[str]:
+        show_logs(Scripted([found], pods, printed), found, **options)  # type: ignore[arg-type]
+        return capsys.readouterr().out.splitlines()
+
+    fetched = ["--- fetch", "a line of the server", "--- serve", "a line of the server"]
+    assert shown(tuned, [job, serves]) == fetched
+    assert shown(tuned, [job]) == ["--- train", "trained"]
+    assert shown(tuned, [job, serves], stage="train") == ["--- train", "trained"]
+    assert shown(tuned, [job, serves], stage="serve") == fetched[2:]
+    assert shown(ANSWERS, [serves], stage="fetch") == fetched[:2]
+    starts = endpoint(condition("InferenceReady", "False", "no node takes the pod"), phase="Starting")
+    show_logs(Scripted([starts], [server("small-0", small="waiting")]), starts)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "nothing has been printed yet: no node takes the pod\n"
+    asleep = endpoint(condition("InferenceReady", "True", "asleep: …", "OnDemand"), phase="Asleep")
+    with pytest.raises(Failure, match="there is no pod of small: asleep"):
+        shown(asleep, [])

@@ -183,6 +183,35 @@ def test_a_changed_endpoint_rolls_over_and_the_tuning_is_not_done_again() -> Non
     assert simulation.bought == ["cheap", "cheap"], "one for the tuning, one for serving"
 
 
+def test_a_machine_does_not_wait_for_an_image_for_ever() -> None:
+    simulation = serving("always")
+    simulation.settle()
+    [pod] = simulation.servers
+    pod["metadata"]["creationTimestamp"] = "2027-01-15T08:00:00Z"
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}
+    pod["status"]["containerStatuses"] = [{"name": "one", "image": "r.io/x:1", "state": waiting}]
+    simulation.settle()
+    assert simulation.condition("InferenceReady")["reason"] == "ImagePullError"
+    assert simulation.machines
+    simulation.now += 700
+    simulation.settle()
+    assert phase(simulation) == "Failed"
+    assert not simulation.machines
+
+
+def test_who_has_gone_is_not_waited_for() -> None:
+    simulation = serving()
+    simulation.settle()
+    simulation.demand = True
+    simulation.settle()
+    assert simulation.machines
+    simulation.demand = False
+    simulation.now += 2 * IDLE
+    simulation.settle()
+    assert phase(simulation) == "Asleep"
+    assert not simulation.machines
+
+
 def test_several_machines_change_together() -> None:
     """A pod of the new form finds no place among those of the old one."""
     simulation = serving("always")

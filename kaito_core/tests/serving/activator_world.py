@@ -19,7 +19,7 @@ from kaito_core.serving.activator_http import Limits
 
 KEY = ("team", "phi")
 
-IMPATIENT = Limits(head=0.5, idle=0.5, silence=2.0, comment=0.1, wake=0.3, connect=2.0)
+IMPATIENT = Limits(comment=0.1, wake=0.3)
 
 
 def until(true: Callable[[], Any], what: str = "it did not happen", seconds: float = 20.0) -> None:

@@ -192,11 +192,12 @@ def test_probes_are_answered_at_once_and_wake_nobody(
     assert wakes.keys == []
 
 
-def test_a_connection_without_a_request_wakes_nobody_and_is_ended(activator: Activator, wakes: Wakes) -> None:
-    with Wire(activator.listen(KEY)) as wire:
-        assert wire.rest() == b""
-    Wire(activator.listen(KEY)).close()
-    Wire(activator.listen(KEY)).reset()
+def test_a_connection_without_a_request_wakes_nobody_and_is_ended(wakes: Wakes) -> None:
+    with activating(wakes, limits=Limits(head=0.3)) as activator:
+        with Wire(activator.listen(KEY)) as wire:
+            assert wire.rest() == b""
+        Wire(activator.listen(KEY)).close()
+        Wire(activator.listen(KEY)).reset()
     assert wakes.keys == []
 
 
@@ -227,25 +228,24 @@ def test_patience_ends_with_what_was_waited_for() -> None:
         assert activator.waiting(KEY) == 0
 
 
-def test_what_will_not_come_is_refused_and_asked_for_again_only_after_a_while(
-    activator: Activator, wakes: Wakes
-) -> None:
-    where = url(activator)
-    asking = Asking(lambda: post(where))
-    until(lambda: activator.waiting(KEY) == 1)
-    activator.refuse(KEY, "the Secret hub is missing")
-    answer = asking.result()
-    assert answer.status_code == 503
-    assert answer.json()["error"]["message"] == "the endpoint team/phi does not come up: the Secret hub is missing"
-    assert httpx.get(url(activator, "/health"), trust_env=False).status_code == 503
-    woken = len(wakes.keys)
-    quick = post(where)
-    assert (quick.status_code, "Secret hub" in quick.text) == (503, True)
-    time.sleep(IMPATIENT.wake)
-    later = Asking(lambda: post(where))
-    until(lambda: len(wakes.keys) > woken and activator.waiting(KEY) == 1)
-    activator.refuse(KEY, "still missing")
-    assert "still missing" in later.result().text
+def test_what_will_not_come_is_refused_and_asked_for_again_only_after_a_while(wakes: Wakes) -> None:
+    with activating(wakes, limits=Limits(wake=1.5)) as activator:
+        where = url(activator)
+        asking = Asking(lambda: post(where))
+        until(lambda: activator.waiting(KEY) == 1)
+        activator.refuse(KEY, "the Secret hub is missing")
+        answer = asking.result()
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == "the endpoint team/phi does not come up: the Secret hub is missing"
+        assert httpx.get(url(activator, "/health"), trust_env=False).status_code == 503
+        woken = len(wakes.keys)
+        quick = post(where)
+        assert (quick.status_code, "Secret hub" in quick.text) == (503, True)
+        time.sleep(1.5)
+        later = Asking(lambda: post(where))
+        until(lambda: len(wakes.keys) > woken and activator.waiting(KEY) == 1)
+        activator.refuse(KEY, "still missing")
+        assert "still missing" in later.result().text
 
 
 def test_a_refusal_is_over_when_the_controller_says_so(wakes: Wakes) -> None:
@@ -322,6 +322,12 @@ def test_listening_is_idempotent_and_ends(activator: Activator) -> None:
         Wire(port)
     activator.forget(KEY)
     assert activator.waiting(KEY) == 0
+
+
+def test_many_threads_may_listen_for_one_endpoint(activator: Activator) -> None:
+    asking = [Asking(lambda: activator.listen(KEY)) for _ in range(16)]
+    assert len({a.result() for a in asking}) == 1
+    activator.forget(KEY)
 
 
 def test_connections_that_come_as_it_is_forgotten_are_closed(activator: Activator) -> None:

@@ -17,7 +17,7 @@ from kaito_core.serving.activator_http import Limits
 
 from .activator_world import KEY, Asking, Pod, Talk, Wire, activating, free_port, status, until
 
-POST = b"POST /x HTTP/1.1\r\nHost: phi\r\nContent-Length: 5\r\n\r\nhello"
+POST = b"POST /x HTTP/1.1\r\nHost: phi\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello"
 
 
 @pytest.fixture

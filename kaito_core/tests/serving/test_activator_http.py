@@ -194,6 +194,12 @@ def test_requests_follow_each_other_on_a_connection(activator: Activator) -> Non
         assert b"onnection: close" in wire.rest()
 
 
+def test_a_connection_that_is_not_used_again_is_ended() -> None:
+    with activating(limits=Limits(idle=0.3)) as activator, Wire(activator.listen(KEY)) as wire:
+        wire.send(b"GET /health HTTP/1.1\r\nHost: phi\r\n\r\n")
+        assert wire.rest().endswith(b"}")
+
+
 def test_pipelined_requests_are_answered_one_after_the_other(activator: Activator) -> None:
     with Wire(activator.listen(KEY)) as wire:
         answer = wire.send(b"GET /v1/models HTTP/1.1\r\nHost: phi\r\n\r\nHEAD /health HTTP/1.1\r\nHost: phi\r\n\r\n"
@@ -354,8 +360,8 @@ def test_nonsense_is_answered_as_such(activator: Activator, said: bytes, expecte
     assert activator.waiting(KEY) == 0
 
 
-def test_a_head_that_comes_too_slowly_is_not_waited_for(activator: Activator) -> None:
-    with Wire(activator.listen(KEY)) as wire:
+def test_a_head_that_comes_too_slowly_is_not_waited_for() -> None:
+    with activating(limits=Limits(head=0.5)) as activator, Wire(activator.listen(KEY)) as wire:
         wire.send(b"GET /x HTTP/1.1\r\n")
         asking = Asking(wire.rest)
         while asking.is_alive():

@@ -80,7 +80,8 @@ class ServingStatus(Observed):
         None, description="`Asleep`: no machine is held, and the next request gets one."
     )
     since: str = Field("", description="Since when (RFC 3339).", json_schema_extra={"format": "date-time"})
-    revision: str = Field("", description="Of `Failed`: the state of the Workspace that is not tried again.")
+    revision: str = Field("", description="Of `Failed`: the state of the Workspace that has failed.")
+    final: bool | None = Field(None, description="Of `Failed`: it is not tried again before the Workspace is changed.")
     last_request: str = Field(
         "", description="When a request was seen last (RFC 3339).", json_schema_extra={"format": "date-time"}
     )

@@ -6,12 +6,13 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import click
 
 from kaito_core.cli.completions import Asking, Message
 from kaito_core.cli.endpoint import Endpoint, endpoint_of
+from kaito_core.cli.named import Where, where_options
 from kaito_core.problems import Failure, KaitoError, UserError
 
 NO_ADAPTER = "none"
@@ -28,6 +29,7 @@ COMMANDS = "/reset forgets the conversation, /exit ends (so does Ctrl-D), Ctrl-C
 @click.option(
     "--temperature", type=click.FloatRange(0, 2), metavar="T", help="0 is the likeliest answer, 2 the wildest."
 )
+@where_options
 def command(
     name: str,
     message: tuple[str, ...],
@@ -36,15 +38,24 @@ def command(
     system: str,
     max_tokens: int | None,
     temperature: float | None,
+    local: bool,
+    context: str,
+    kubeconfig: str,
+    namespace: str,
 ) -> int:
-    """Talk to an endpoint: to what is served on this machine under NAME, or to the URL of any OpenAI-compatible endpoint.
+    """Talk to an endpoint: to what is served under NAME on this machine or in the cluster, or to the URL of any OpenAI-compatible endpoint.
+
+    What is served on this machine comes first. One in a cluster is asked through the API server, with your own rights; where it is asleep,
+    it is woken and waited for.
 
     With a MESSAGE, or with text on standard input, there is one question and its answer. An API key is taken from KAITO_API_KEY.
     """
     if compare and adapter.lower() == NO_ADAPTER:
         raise UserError("--compare is about an adapter, and --adapter none leaves it out", "leave one of them out")
-    endpoint = endpoint_of(name)
-    with closing(Asking(endpoint.url)) as asking:
+    endpoint = endpoint_of(name, Where(local, context, kubeconfig, namespace), _aside)
+    if endpoint.place:
+        _aside(endpoint.place)
+    with closing(Asking(endpoint.url, name=endpoint.name, via=endpoint.via)) as asking:
         voices = _voices(_known(endpoint, asking, adapter), adapter, compare)
         chat = Chat(asking, [Voice(v) for v in voices], system, max_tokens, temperature)
         question = " ".join(message).strip()
@@ -64,9 +75,14 @@ def _known(endpoint: Endpoint, asking: Asking, adapter: str) -> Endpoint:
     except Failure:
         if adapter.lower() in ("", NO_ADAPTER):
             raise
-        return Endpoint(endpoint.url, "", adapter, (adapter,))
+        return replace(endpoint, model=adapter, adapters=(adapter,))
     first = (models.adapters or (models.base,))[0]
-    return Endpoint(endpoint.url, models.base, first, models.adapters)
+    return replace(endpoint, base=models.base, model=first, adapters=models.adapters)
+
+
+def _aside(text: str) -> None:
+    """What is no part of an answer."""
+    click.echo(click.style(f"({text})", dim=True), err=True)
 
 
 def _voices(endpoint: Endpoint, adapter: str, compare: bool) -> tuple[str, ...]:
@@ -164,7 +180,7 @@ def _talk(chat: Chat, name: str) -> None:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 – gives input() its history and editing
-    click.echo(f"{' and '.join(v.model for v in chat.voices)} at {chat.asking.url}\n{COMMANDS}\n")
+    click.echo(f"{' and '.join(v.model for v in chat.voices)} at {chat.asking.name}\n{COMMANDS}\n")
     while True:
         try:
             question = input("> ").strip()

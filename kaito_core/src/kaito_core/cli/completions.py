@@ -60,11 +60,13 @@ def plain(text: str) -> str:
 class Asking:
     """One endpoint, with the API key of ``$KAITO_API_KEY`` where that is set."""
 
-    def __init__(self, url: str) -> None:
-        """``url`` is without ``/v1``. UserError when the key cannot be sent."""
+    def __init__(self, url: str, *, name: str = "", via: httpx.BaseTransport | None = None) -> None:
+        """``url`` is without ``/v1``, ``name`` what people call it when that is not its URL, ``via`` another way to it than the network.
+        UserError when the key cannot be sent."""
         import httpx
 
         self.url = url
+        self.name = name or url
         key = os.environ.get(KEY, "").strip()
         if not key.isascii() or not key.isprintable():
             raise UserError(
@@ -74,6 +76,7 @@ class Asking:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(PATIENCE, connect=10.0),
+            transport=via,
             # A proxy of the company does not lead to this machine.
             trust_env=host not in ("localhost", "127.0.0.1", "::1"),
         )
@@ -86,7 +89,7 @@ class Asking:
         with self._words(), self._client.stream("GET", f"{self.url}/v1/models") as answer:
             content = _all(answer)
             if answer.status_code != 200:
-                raise _refused(answer, content, self.url)
+                raise _refused(answer, content, self.name)
             listed = _object(content).get("data")
         entries = (
             [e for e in listed if isinstance(e, dict) and isinstance(e.get("id"), str)]
@@ -95,7 +98,7 @@ class Asking:
         )
         if not entries:
             raise Failure(
-                f"{self.url} does not say which models it serves", "is it the URL of an OpenAI-compatible endpoint?"
+                f"{self.name} does not say which models it serves", "is it the URL of an OpenAI-compatible endpoint?"
             )
         # vLLM says of an adapter which model is its parent; elsewhere the first one is the base.
         bases = [e["id"] for e in entries if not e.get("parent")] or [entries[0]["id"]]
@@ -115,7 +118,7 @@ class Asking:
         body |= {k: v for k, v in limits.items() if v is not None}
         with self._words(), self._client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
-                raise _refused(answer, _all(answer), self.url)
+                raise _refused(answer, _all(answer), self.name)
             if "text/event-stream" not in answer.headers.get("content-type", ""):
                 yield from _whole(_object(_all(answer)))
             else:
@@ -131,15 +134,15 @@ class Asking:
             yield
         except httpx.ConnectError as e:
             raise Failure(
-                f"nothing answers at {self.url}: {_brief(str(e))}", "is it running? `kaito status` shows what is"
+                f"nothing answers at {self.name}: {brief(str(e))}", "is it running? `kaito status` shows what is"
             ) from None
         except httpx.TimeoutException:
             raise Failure(
-                f"{self.url} has not answered in time", "try again; `kaito status` shows whether it runs"
+                f"{self.name} has not answered in time", "try again; `kaito status` shows whether it runs"
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as e:
             raise Failure(
-                f"the connection to {self.url} broke: {_brief(str(e)) or type(e).__name__}", "ask again"
+                f"the connection to {self.name} broke: {brief(str(e)) or type(e).__name__}", "ask again"
             ) from None
 
 
@@ -233,30 +236,30 @@ def _object(text: bytes) -> dict[str, Any]:
 # --- what went wrong
 
 
-def _refused(answer: httpx.Response, content: bytes, url: str) -> KaitoError:
+def _refused(answer: httpx.Response, content: bytes, name: str) -> KaitoError:
     """What the endpoint says against a request."""
-    status, said = answer.status_code, _message(_object(content)) or _brief(content.decode("utf-8", "replace"))
+    status, said = answer.status_code, _message(_object(content)) or brief(content.decode("utf-8", "replace"))
     because = f": {said}" if said else ""
     if status in (401, 403):
         which = "does not accept the API key" if os.environ.get(KEY) else "wants an API key"
-        return UserError(f"{url} {which}{because}", f"set {KEY} to it")
+        return UserError(f"{name} {which}{because}", f"set {KEY} to it")
     if status == 404:
         return UserError(
-            f"{url} does not have that{because}", "--adapter names another model; is the URL that of the endpoint?"
+            f"{name} does not have that{because}", "--adapter names another model; is the URL that of the endpoint?"
         )
     if status == 429:
         wait = answer.headers.get("retry-after", "")
         seconds = f"in {wait} s" if wait.isascii() and wait.isdigit() and len(wait) < 6 else "in a moment"
-        return Failure(f"{url} is busy{because}", f"ask again {seconds}")
+        return Failure(f"{name} is busy{because}", f"ask again {seconds}")
     if status in (400, 413, 422):
         return UserError(
-            f"{url} refuses the request{because}", "a shorter conversation (/reset) or other options may do"
+            f"{name} refuses the request{because}", "a shorter conversation (/reset) or other options may do"
         )
     if status in (301, 302, 303, 307, 308):
-        return UserError(f"{url} sends us elsewhere", "name the URL that it leads to; an API key is not sent on")
+        return UserError(f"{name} sends us elsewhere", "name the URL that it leads to; an API key is not sent on")
     if status == 503:
-        return Failure(f"{url} is not ready{because}", "ask again in a moment")
-    return Failure(f"{url} failed with {status}{because}", "its log says why: kaito logs NAME")
+        return Failure(f"{name} is not ready{because}", "ask again in a moment")
+    return Failure(f"{name} failed with {status}{because}", "its log says why: kaito logs NAME")
 
 
 def _message(body: Mapping[str, Any]) -> str:
@@ -264,9 +267,10 @@ def _message(body: Mapping[str, Any]) -> str:
     error = body.get("error", body)
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or ""
-    return _brief(error if isinstance(error, str) else json.dumps(error))
+    return brief(error if isinstance(error, str) else json.dumps(error))
 
 
-def _brief(text: str) -> str:
+def brief(text: str) -> str:
+    """The text on one line, without control characters, 300 characters at most."""
     flat = " ".join(plain(text.replace("\n", " ")).split())
     return flat if len(flat) <= 300 else flat[:299] + "…"

@@ -178,9 +178,10 @@ def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> 
 
 def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) -> Plan:
     """As the cluster's controller will plan it once the documents beside the workspace have been applied."""
+    from kaito_core.cli.cluster.config_maps import config_maps
+    from kaito_core.cli.cluster.runtimes import as_the_controller
     from kaito_core.controller.planner import Planner, _not_in_a_cluster, cluster_offers, cluster_provisioners
     from kaito_core.controller.view import ClusterView
-    from kaito_core.kube.kinds import CONFIG_MAPS
 
     workspace = given.workspace
     only_here = _not_in_a_cluster(workspace)
@@ -189,15 +190,11 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
     provisioners = cluster_provisioners(plugins)
     for provisioner in provisioners.values():
         provisioner.attach(ClusterView(cluster, {}))
-    config_maps = given.config_maps
-    named = workspace.tuning.config if workspace.tuning else ""
-    if named and named not in config_maps and (there := cluster.get(CONFIG_MAPS, named, workspace.namespace)):
-        config_maps[named] = there.get("data") or {}
     offered = cluster_offers(workspace, provisioners)
     for problem in offered.failed.values():
         click.echo(f"warning: {problem.message}", err=True)
-    known = registry_of(given, plugins, cluster=True)
-    planned = plan(workspace, Catalog(known, offered.offers, config_maps), by)
+    known = as_the_controller(registry_of(given, plugins, cluster=True), cluster)
+    planned = plan(workspace, Catalog(known, offered.offers, config_maps(given, cluster)), by)
     if planned.refusal and all(c.offer.retired for c in planned.candidates):
         why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
         return replace(planned, refusal=why)

@@ -1,4 +1,4 @@
-"""``kaito logs NAME``: what the stages of a run printed, on this machine or in a cluster."""
+"""``kaito logs NAME``: what the stages of a run or the server of an endpoint printed, on this machine or in a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from kaito_core.cli.named import Remote, Where, named, where_options
 from kaito_core.local.state import RunFolder
 
 
-@click.command("logs", help="Show what a run printed, stage by stage.")
+@click.command(
+    "logs", help="Show what a run printed, stage by stage; in a cluster what the endpoint prints, if there is one."
+)
 @click.argument("name")
 @click.option("--stage", help="Only this stage: fetch, check, train, verify, push or serve.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as long as the run does.")

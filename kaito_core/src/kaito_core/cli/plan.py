@@ -26,6 +26,7 @@ if TYPE_CHECKING:
               help="What makes a machine better: a cheaper job, or an earlier end.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every machine.")
 def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, by: By, as_json: bool) -> int:
+    from kaito_core.cli.cluster.afterwards import afterwards as afterwards_in_cluster
     from kaito_core.plugins.manager import load_plugins
 
     target = target_of(local, context, kubeconfig)
@@ -45,7 +46,11 @@ def command(files: tuple[str, ...], local: bool, context: str, kubeconfig: str, 
                 plans.append(each)
                 settings, never = given.workspace.inference, given.workspace.serving_policy() == "never"
                 if isinstance(each, TuningPlan) and settings is not None and not never:
-                    served[len(plans) - 1] = afterwards(given, each, plugins, here=cluster is None)
+                    served[len(plans) - 1] = (
+                        afterwards_in_cluster(given, each, plugins, cluster)
+                        if cluster
+                        else afterwards(given, each, plugins, here=True)
+                    )
             except UserError as e:
                 problems.extend(e.problems)
     if as_json:

@@ -28,7 +28,8 @@ Planned = tuple[Given, Plan]
 @click.command("run", help="Plan the workspaces in FILE and run them. '-' reads standard input.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @cluster_options
-@click.option("--serve", is_flag=True, help="On this machine: serve what has been tuned, whatever its policy says.")
+@click.option("--serve", is_flag=True, help="Serve what has been tuned: on this machine whatever its policy says, in a cluster "
+              "where the Workspace has none.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=None, metavar="PORT",
               help="On this machine: the port of the endpoint; 0 takes any that is free.  [default: 5000]")  # fmt: skip
 @click.option(
@@ -51,8 +52,10 @@ def command(
     if target.in_cluster:
         from kaito_core.cli.cluster.run import run_in_cluster
 
-        _only_here(serve, port)
-        return run_in_cluster(files, target, again(), standalone=standalone, tuner_image=tuner_image, yes=yes)
+        _only_here(port)
+        return run_in_cluster(
+            files, target, again(), serve=serve, standalone=standalone, tuner_image=tuner_image, yes=yes
+        )
     if standalone:
         raise UserError(
             f"--standalone needs a cluster, and the target is {target}", "name one with --context", field="--standalone"
@@ -76,13 +79,7 @@ def command(
     return 0
 
 
-def _only_here(serve: bool, port: int | None) -> None:
-    if serve:
-        raise UserError(
-            "--serve is for this machine",
-            "in a cluster write `inference: {policy: always}`, or the annotation kaito.sh/serve-after-tuning: always",
-            field="--serve",
-        )
+def _only_here(port: int | None) -> None:
     if port is not None:
         raise UserError("--port is for this machine", "in a cluster the endpoint has a Service", field="--port")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kaito_core.cli.endpoint import how_to_call
+from kaito_core.cli.endpoint import how_to_call, options_of
 from kaito_core.cli.named import Remote, Where, ask_for, cluster, named, warn, where_options
 from kaito_core.local.run import summary
 from kaito_core.local.state import RunFolder, RunState, Served, all_runs
@@ -39,7 +39,7 @@ def command(name: str | None, local: bool, context: str, kubeconfig: str, namesp
     if as_json:
         _json(states, client, workspaces)
     elif name:
-        _full(states, client, workspaces)
+        _full(states, client, workspaces, where)
     else:
         _tables(states, client, workspaces, where)
 
@@ -83,14 +83,16 @@ def _json(states: list[tuple[RunFolder, RunState]], client: Client | None, works
     click.echo(json.dumps(rows, indent=2))
 
 
-def _full(states: list[tuple[RunFolder, RunState]], client: Client | None, workspaces: list[Object]) -> None:
+def _full(
+    states: list[tuple[RunFolder, RunState]], client: Client | None, workspaces: list[Object], where: Where
+) -> None:
     for folder, state in states:
         _run(folder, state)
     if client is not None:
         from kaito_core.cli.cluster import show
 
         for each in workspaces:
-            show.full(client, each)
+            show.full(client, each, options_of(where))
 
 
 def _tables(

@@ -81,6 +81,7 @@ class Activator:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopping = asyncio.Event()
+        self._lock = asyncio.Lock()
         self._timeout = 0.0
 
     def start(self) -> None:
@@ -188,16 +189,21 @@ class Activator:
         return self._endpoints[key]
 
     async def _listen(self, key: Key) -> int:
-        if self._stopping.is_set():
-            raise _Stopped
-        if key not in self._servers:
-            endpoint = self._endpoint(key)
-            sock = self._socket(key)
-            port = sock.getsockname()[1]
-            server = await asyncio.start_server(partial(self._connected, endpoint), sock=sock, limit=PIECE)
-            self._servers[key] = port, server
-            log.info("holding requests to %s on port %d", endpoint, port)
-        return self._servers[key][0]
+        # One at a time: several threads may ask for one endpoint at once.
+        async with self._lock:
+            while key not in self._servers:
+                if self._stopping.is_set():
+                    raise _Stopped
+                endpoint = self._endpoint(key)
+                sock = self._socket(key)
+                port = sock.getsockname()[1]
+                server = await asyncio.start_server(partial(self._connected, endpoint), sock=sock, limit=PIECE)
+                if self._stopping.is_set() or self._endpoints.get(key) is not endpoint:
+                    server.close()  # stopped or forgotten meanwhile
+                    continue
+                self._servers[key] = port, server
+                log.info("holding requests to %s on port %d", endpoint, port)
+            return self._servers[key][0]
 
     def _socket(self, key: Key) -> socket.socket:
         tries = [0] if self._ports is None else list(self._ports)

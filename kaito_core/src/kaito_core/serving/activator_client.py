@@ -270,7 +270,8 @@ class Client:
 
     async def close(self) -> None:
         """End the connection when what was written has been sent."""
-        unread = self.began and not self._cut and self.http.their_state in (h11.SEND_BODY, h11.ERROR)
+        ended = self.http.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED) and not self.http.trailing_data[0]
+        unread = self.began and not self._cut and not ended
         try:
             if unread:
                 with suppress(OSError, TimeoutError, RuntimeError):

@@ -34,7 +34,7 @@ class HttpError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kaito_core.api.labels import SERVE_AFTER_TUNING
 from kaito_core.kube.errors import ApiError, Invalid, NotFound
 from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, WORKSPACES, Kind, Object
 from kaito_core.problems import Problem, UserError
@@ -68,6 +69,17 @@ def applicable(documents: Iterable[Document]) -> list[Applicable]:
             continue
         found.append(Applicable(kind, obj, document))
     return sorted(found, key=lambda a: a.kind.kind == "Workspace")
+
+
+def served_after_tuning(one: Applicable) -> Applicable:
+    """The same, served as soon as it is tuned, where it is a Workspace that tunes and does not say itself what becomes of its model."""
+    obj = one.obj
+    annotations = obj["metadata"].get("annotations") or {}
+    of_its_own = (obj.get("inference") or {}).get("policy") or SERVE_AFTER_TUNING in annotations
+    if one.kind.kind != WORKSPACES.kind or not obj.get("tuning") or of_its_own:
+        return one
+    metadata = {**obj["metadata"], "annotations": {**annotations, SERVE_AFTER_TUNING: "always"}}
+    return replace(one, obj={**obj, "metadata": metadata})
 
 
 def apply(client: Client, one: Applicable, *, dry_run: bool = False) -> Object:

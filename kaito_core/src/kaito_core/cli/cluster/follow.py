@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from kaito_core.api import conditions
-from kaito_core.cli.cluster.pod_log import Logs, NewestPod, passing
-from kaito_core.cli.cluster.workspace import current_conditions, holds_machines, message, news, succeeded
+from kaito_core.cli.cluster.pod_log import Logs, NewestPod, answering, passing, pods_of
+from kaito_core.cli.cluster.workspace import (
+    current_conditions,
+    holds_machines,
+    is_tuned,
+    message,
+    news,
+    policy,
+    refusal,
+    succeeded,
+)
 from kaito_core.kube.errors import ApiError
 from kaito_core.kube.kinds import WORKSPACES, Object
 from kaito_core.problems import Failure
@@ -31,6 +40,9 @@ NOBODY: Final = 20.0
 LAST_LINES: Final = 5.0
 """Seconds that the rest of the log may take after the end."""
 
+LOOKS_AGAIN: Final = 75.0
+"""Seconds until the controller has looked at a refused endpoint once more, as it does every minute."""
+
 
 def follow(
     cluster: Logs,
@@ -39,22 +51,31 @@ def follow(
     follower: Follower,
     *,
     until_released: bool = False,
+    refused: str = "",
+    reached: Callable[[Object], None] = lambda workspace: None,
     look: float = LOOK,
     say: Callable[[str], None] | None = None,
 ) -> Object:
-    """The Workspace as it is at its end, well or not; with ``until_released`` also after its machines were given back.
+    """The Workspace as it is at its end, well or not: what is only served is at its end once it answers, or sleeps until somebody asks.
 
-    Failure when it is deleted meanwhile. Trouble on the way to the API server is said and waited out."""
+    With ``until_released`` it goes on until its machines were given back, and for what is served all the time until somebody ends this;
+    ``reached`` is told when it is as far as it shall be. ``refused`` is why it was refused before this: that is no end until the controller
+    has looked again. Failure when it is deleted meanwhile. Trouble on the way to the API server is said and waited out."""
     tell = say or (lambda text: follower.say(f"  {click.style(text, dim=True)}"))
-    log = NewestPod(cluster, pause=look)
+    log: NewestPod | None = None
     seen: Object | None = None
-    away = False
+    away, told = False, False
     nobody = time.monotonic() + NOBODY
+    looked = time.monotonic() + LOOKS_AGAIN
+    if refused:
+        tell(f"it was refused before: {refused}; the controller looks again within a minute")
     try:
         while True:
             try:
                 workspace = cluster.get(WORKSPACES, name, namespace)
-                pod = log.look(workspace) if workspace else None
+                if workspace and log is None:
+                    log = NewestPod(cluster, pods=pods_of if is_tuned(workspace) else answering, pause=look)
+                pod = log.look(workspace) if workspace and log else None
             except ApiError as e:
                 if not passing(e):
                     raise
@@ -71,21 +92,35 @@ def follow(
             for line in news(seen, workspace):
                 tell(line)
             seen = workspace
-            if pod is not None:
+            if pod is not None and log is not None:
                 tell(f"pod {pod['metadata']['name']}" + (", in place of the one before" if len(log.seen) > 1 else ""))
-            if succeeded(workspace) is not None and not (until_released and holds_machines(workspace)):
-                _show(log, follower, LAST_LINES, tell)
+            end = succeeded(workspace)
+            if end is False and refused and refusal(workspace) == refused and time.monotonic() < looked:
+                end = None
+            if end and not told:
+                reached(workspace)
+                told = True
+            if end is not None and not (until_released and _is_looked_after(workspace, well=end)):
+                _show(log, follower, LAST_LINES if is_tuned(workspace) else 0.0, tell)
                 return workspace
             if not current_conditions(workspace) and time.monotonic() > nobody:
                 tell(f"no controller has looked at it yet; does one watch the namespace {namespace}? (kaito doctor)")
                 nobody = float("inf")
             _wait(log, follower, look, tell)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
 
 
-def _show(log: NewestPod, follower: Follower, seconds: float, tell: Callable[[str], None]) -> None:
+def _is_looked_after(workspace: Object, *, well: bool) -> bool:
+    """Whether it still needs somebody: its machines have not been given back, or shall not be."""
+    return holds_machines(workspace) or (well and policy(workspace) == "always")
+
+
+def _show(log: NewestPod | None, follower: Follower, seconds: float, tell: Callable[[str], None]) -> None:
     """Show what is printed within that time; no longer than there is something to come."""
+    if log is None:
+        return
     try:
         for _, line in log.lines(seconds):
             event = parse_log_line(line)
@@ -95,7 +130,7 @@ def _show(log: NewestPod, follower: Follower, seconds: float, tell: Callable[[st
         tell(f"{e.problems[0].message}; what follows is only what the controller says")
 
 
-def _wait(log: NewestPod, follower: Follower, seconds: float, tell: Callable[[str], None]) -> None:
+def _wait(log: NewestPod | None, follower: Follower, seconds: float, tell: Callable[[str], None]) -> None:
     """Let that time pass, and show meanwhile what is printed."""
     until = time.monotonic() + seconds
     _show(log, follower, seconds, tell)
@@ -110,7 +145,8 @@ def where(workspace: Object, options: str = "") -> str:
 def failure(workspace: Object, options: str = "") -> Failure:
     """Why the Workspace failed, in the words of its conditions."""
     metadata = workspace["metadata"]
-    words = message(workspace) or message(workspace, conditions.ACCEPTED) or "no reason is known"
+    words = "" if is_tuned(workspace) else refusal(workspace)
+    words = words or message(workspace) or message(workspace, conditions.ACCEPTED) or "no reason is known"
     named = where(workspace, options)
     return Failure(
         f"{metadata['namespace']}/{metadata['name']} failed: {words}",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kaito_core.cli.cluster.pod_log import NewestPod, container_lines, passing, pods_of
-from kaito_core.cli.cluster.workspace import message, succeeded
+from kaito_core.api import conditions
+from kaito_core.cli.cluster.pod_log import NewestPod, answering, container_lines, passing, pods_of, servers_of
+from kaito_core.cli.cluster.workspace import is_tuned, message, phase, succeeded
 from kaito_core.kube.errors import ApiError
 from kaito_core.kube.kinds import WORKSPACES, Object
 from kaito_core.problems import Failure, UserError
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
 LOOK = 1.0
 """Seconds between two looks for a newer pod."""
 
+FIRST = ("fetch", "check")
+"""Stages that have a container of their own, of that name."""
+SERVE = "serve"
+
 
 class Printer:
     """Prints lines of a pod's log as they come, a heading where another stage begins."""
 
-    def __init__(self, only: str = "") -> None:
+    def __init__(self, only: str = "", main: str = "") -> None:
+        """``only`` is the stage to print, ``main`` the one whose lines come first in a pod's main container, where that is known."""
         self._only = only
+        self._main = main
         self._stage = ""
         self._heading = ""
         self.stages: list[str] = []
@@ -40,7 +47,11 @@ class Printer:
         event = parse_log_line(line)
         if event is not None:
             self._stage = str(event["stage"])
-        elif not self._stage or container in ("fetch", "check"):
+        elif container in FIRST:
+            self._stage = container
+        elif self._main and self._stage in ("", *FIRST):
+            self._stage = self._main
+        elif not self._stage:
             self._stage = container
         if self._stage not in self.stages:
             self.stages.append(self._stage)
@@ -55,16 +66,19 @@ class Printer:
 
 
 def show_logs(client: Client, workspace: Object, *, stage: str = "", follow: bool = False) -> None:
-    """Print what there is, the oldest pod first; with ``follow`` go on until the Workspace has ended."""
-    printer = Printer(stage)
-    pods = pods_of(client, workspace)
+    """Print what the pods of its endpoint have printed, if it has any, else those of its job: the oldest pod first. A ``stage`` of a
+    tuning is in the job's. With ``follow`` go on until the job has ended, or as long as there is an endpoint."""
+    serving = not is_tuned(workspace) or stage == SERVE
+    pods = servers_of(client, workspace) if serving or not stage else []
+    if pods:
+        serving = True
+    elif not serving:
+        pods = pods_of(client, workspace)
+    printer = Printer(stage, SERVE if serving else "")
     if not pods and not follow:
-        reason = message(workspace) or "no reason is known"
-        raise Failure(
-            f"there is no pod of {workspace['metadata']['name']}: {reason}",
-            f"kaito status {workspace['metadata']['name']} says more",
-        )
-    for pod in pods[:-1] if follow else pods:
+        raise _no_pod(workspace, serving=serving)
+    last = [p for p in pods if p["metadata"]["name"].endswith("-0")][-1:] if serving else pods[-1:]
+    for pod in [p for p in pods if p not in last] if follow else pods:
         if len(pods) > 1:
             printer.pod(pod["metadata"]["name"])
         try:
@@ -73,16 +87,31 @@ def show_logs(client: Client, workspace: Object, *, stage: str = "", follow: boo
         except ApiError as e:
             click.echo(f"warning: {e.problems[0].message}", err=True)
     if follow:
-        _follow(client, workspace, printer, several=len(pods) > 1)
+        _follow(client, workspace, printer, several=len(pods) > 1, serving=serving)
+    elif not printer.stages:
+        click.echo(f"nothing has been printed yet: {_why_not(workspace, serving=serving)}", err=True)
     if stage and printer.stages and stage not in printer.stages:
         raise UserError(
             f"no stage {stage!r} has begun", f"stages that have: {', '.join(printer.stages)}", field="--stage"
         )
 
 
-def _follow(client: Client, workspace: Object, printer: Printer, *, several: bool) -> None:
+def _no_pod(workspace: Object, *, serving: bool) -> Failure:
+    name = workspace["metadata"]["name"]
+    return Failure(
+        f"there is no pod of {name}: {_why_not(workspace, serving=serving)}", f"kaito status {name} says more"
+    )
+
+
+def _why_not(workspace: Object, *, serving: bool) -> str:
+    reason = message(workspace, conditions.INFERENCE_READY) if serving else ""
+    return reason or message(workspace) or "no reason is known"
+
+
+def _follow(client: Client, workspace: Object, printer: Printer, *, several: bool, serving: bool) -> None:
     metadata = workspace["metadata"]
-    log = NewestPod(client)
+    log = NewestPod(client, pods=answering if serving else pods_of)
+    asleep = False
     try:
         while True:
             try:
@@ -94,11 +123,13 @@ def _follow(client: Client, workspace: Object, printer: Printer, *, several: boo
                 now, pod = workspace, None
             if pod is not None and (several or len(log.seen) > 1):
                 printer.pod(pod["metadata"]["name"])
-            ended = now is None or succeeded(now) is not None
+            ended = now is None or (not serving and succeeded(now) is not None)
             for container, line in log.lines(10 * LOOK if ended else LOOK):
                 printer.line(container, line)
             if ended:
                 return
+            if serving and now is not None and asleep != (asleep := phase(now) == "Asleep") and asleep:
+                click.echo(click.style(f"--- {message(now, conditions.INFERENCE_READY) or 'asleep'}", dim=True))
             if log.at_end:
                 # Nothing more can come from this pod; wait for another one, or for the end.
                 time.sleep(LOOK)

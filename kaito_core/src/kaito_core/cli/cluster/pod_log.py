@@ -14,6 +14,7 @@ from itertools import dropwhile
 from typing import Any, Final, Protocol
 
 from kaito_core.api import labels
+from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.kube.errors import ApiError, Forbidden, TooManyRequests, Unreachable
 from kaito_core.kube.kinds import PODS, Kind, Object
 
@@ -49,13 +50,33 @@ def passing(error: ApiError) -> bool:
 
 
 def pods_of(cluster: Logs, workspace: Object) -> list[Object]:
-    """The pods of what the Workspace asks for now, the oldest first. Those of an earlier revision are another run."""
-    from kaito_core.controller.reconcile.revisions import hash_of
+    """The pods of the job that the Workspace asks for now, the oldest first. Those of an earlier revision are another run."""
+    wanted = hash_of(workspace)
+    return [
+        p
+        for p in _pods(cluster, workspace)
+        if p["metadata"].get("annotations", {}).get(labels.REVISION_HASH) == wanted and not _serves(p)
+    ]
 
-    metadata, wanted = workspace["metadata"], hash_of(workspace)
+
+def servers_of(cluster: Logs, workspace: Object) -> list[Object]:
+    """The pods of its endpoint, the oldest first, in whatever form: the one before serves on until the new one does."""
+    return [p for p in _pods(cluster, workspace) if _serves(p)]
+
+
+def answering(cluster: Logs, workspace: Object) -> list[Object]:
+    """Those of its endpoint that requests go to: of several machines the first one answers."""
+    return [p for p in servers_of(cluster, workspace) if p["metadata"]["name"].endswith("-0")]
+
+
+def _pods(cluster: Logs, workspace: Object) -> list[Object]:
+    metadata = workspace["metadata"]
     found = cluster.list(PODS, metadata["namespace"], labels=f"{labels.WORKSPACE}={metadata['name']}")[0]
-    ours = [p for p in found if p["metadata"].get("annotations", {}).get(labels.REVISION_HASH) == wanted]
-    return sorted(ours, key=lambda p: (str(p["metadata"].get("creationTimestamp", "")), p["metadata"]["name"]))
+    return sorted(found, key=lambda p: (str(p["metadata"].get("creationTimestamp", "")), p["metadata"]["name"]))
+
+
+def _serves(pod: Object) -> bool:
+    return labels.SERVING in pod["metadata"].get("labels", {})
 
 
 def container_lines(
@@ -74,7 +95,7 @@ def container_lines(
 
 
 def _as_it_is(cluster: Logs, pod: Object, container: str) -> Iterator[str]:
-    if _state(pod, container) != "waiting":
+    if _has_log(pod, container):
         yield from cluster.logs(pod["metadata"]["name"], pod["metadata"]["namespace"], container)
 
 
@@ -82,19 +103,25 @@ def _followed(cluster: Logs, pod: Object, container: str, stop: Callable[[], boo
     name, namespace, uid = (pod["metadata"].get(k, "") for k in ("name", "namespace", "uid"))
     seen: deque[str] = deque(maxlen=REMEMBERED)
     heard: float | None = None
+    restarts, complete = -1, False
     left = TRIES
     while left and not stop():
-        state = ""
+        over = False
         try:
             now = cluster.get(PODS, name, namespace)
             if now is None or now["metadata"].get("uid", "") != uid:
                 return
+            if restarts != (count := int(_status(now, container).get("restartCount", 0))):
+                # Another log, which may well begin like the one before.
+                restarts, complete, heard = count, False, None
+                seen.clear()
             state = _state(now, container)
-            if state == "waiting":
+            if complete or not _has_log(now, container):
                 if now.get("status", {}).get("phase") in ("Succeeded", "Failed"):
                     return
                 time.sleep(pause)
                 continue
+            over = state == "terminated" and not _starts_again(now, container)
             since = None if heard is None else int(time.monotonic() - heard + OVERLAP) + 1
             lines = cluster.logs(name, namespace, container, follow=state == "running", since_seconds=since)
             # A line that says word for word what an earlier one said may be left out here; events have their time in them.
@@ -103,31 +130,56 @@ def _followed(cluster: Logs, pod: Object, container: str, stop: Callable[[], boo
                 seen.append(line)
                 heard = time.monotonic()
                 yield line
-            if state == "terminated":
+            if over:
                 return
+            complete = state != "running"
         except Forbidden:
             raise
         except ApiError:
             # Nobody answers, the node is away, the container is between two states: the pod itself says when it is over.
-            left -= state == "terminated"
+            left -= over
             time.sleep(pause)
 
 
 def _state(pod: Object, container: str) -> str:
     """``waiting``, ``running`` or ``terminated``."""
+    state: Mapping[str, Any] = _status(pod, container).get("state", {})
+    return next(iter(state), "waiting")
+
+
+def _has_log(pod: Object, container: str) -> bool:
+    """Whether it runs or has run. One that waits to be started again has the log of its last time."""
+    status = _status(pod, container)
+    return _state(pod, container) != "waiting" or "terminated" in status.get("lastState", {})
+
+
+def _starts_again(pod: Object, container: str) -> bool:
+    """Whether the kubelet starts it again when it has ended, as it does with the servers of an endpoint."""
+    if pod.get("spec", {}).get("restartPolicy") != "Always" or "deletionTimestamp" in pod["metadata"]:
+        return False
+    first = {c["name"] for c in pod["spec"].get("initContainers", ())}
+    ended = _status(pod, container).get("state", {}).get("terminated", {})
+    return container not in first or ended.get("exitCode") != 0
+
+
+def _status(pod: Object, container: str) -> Mapping[str, Any]:
     status = pod.get("status", {})
+    each: Mapping[str, Any]
     for each in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
         if each["name"] == container:
-            state: Mapping[str, Any] = each.get("state", {})
-            return next(iter(state), "waiting")
-    return "waiting"
+            return each
+    return {}
 
 
 class NewestPod:
     """Reads the log of a Workspace's newest pod on a thread, and moves on when there is a newer one."""
 
-    def __init__(self, cluster: Logs, *, pause: float = PAUSE) -> None:
+    def __init__(
+        self, cluster: Logs, *, pods: Callable[[Logs, Object], list[Object]] = pods_of, pause: float = PAUSE
+    ) -> None:
+        """``pods`` finds those that are looked at, the newest last."""
         self._cluster = cluster
+        self._pods = pods
         self._pause = pause
         self._reading: _Reading | None = None
         self.seen: list[str] = []
@@ -135,7 +187,7 @@ class NewestPod:
 
     def look(self, workspace: Object) -> Object | None:
         """Find the newest pod; that pod, when it is another one than before."""
-        pods = pods_of(self._cluster, workspace)
+        pods = self._pods(self._cluster, workspace)
         if not pods or (self._reading and self._reading.uid == pods[-1]["metadata"].get("uid", "")):
             return None
         self.close()

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kaito_core.cli.cluster.workspace import attempt_words, attempts, is_current
+from kaito_core.api import labels
+from kaito_core.cli.cluster import endpoint
+from kaito_core.cli.cluster.workspace import attempt_words, attempts, is_current, phase
 from kaito_core.cli.show import duration
 from kaito_core.kube.errors import ApiError
-from kaito_core.kube.kinds import EVENTS, WORKSPACES, Object
+from kaito_core.kube.kinds import EVENTS, SERVICES, WORKSPACES, Object
 
 if TYPE_CHECKING:
     from kaito_core.kube.client import Client
@@ -23,7 +25,8 @@ def table(client: Client, namespace: str, workspaces: Sequence[Object]) -> None:
     width = max(len(w["metadata"]["name"]) for w in workspaces)
     click.echo(f"{'NAME':{width}}  {'STATE':9}  {'STAGE':7}  PRESET")
     for each in workspaces:
-        click.echo(f"{each['metadata']['name']:{width}}  {state(each):9}  {_stage(each):7}  {_what(each)}")
+        served = f"  {phase(each)} {endpoint.url(each)}".rstrip() if phase(each) else ""
+        click.echo(f"{each['metadata']['name']:{width}}  {state(each):9}  {_stage(each):7}  {_what(each)}{served}")
 
 
 def state(workspace: Object) -> str:
@@ -41,6 +44,7 @@ def summary(client: Client, workspace: Object) -> dict[str, Any]:
         "namespace": metadata["namespace"],
         "context": client.context,
         "phase": state(workspace),
+        "endpoint": endpoint.summary(workspace),
         "status": workspace.get("status", {}),
     }
 
@@ -55,8 +59,8 @@ def _what(workspace: Object) -> str:
     return f"{preset} ({tuning['method']})" if tuning.get("method") else str(preset)
 
 
-def full(client: Client, workspace: Object) -> None:
-    """Everything that is known of one."""
+def full(client: Client, workspace: Object, options: str = "") -> None:
+    """Everything that is known of one. ``options`` are what other commands need to be told to find the cluster."""
     metadata, status = workspace["metadata"], workspace.get("status", {})
     click.echo(f"{metadata['name']}: {state(workspace)}, {_what(workspace)}")
     _row("place", f"the namespace {metadata['namespace']} of {client.context}")
@@ -66,6 +70,7 @@ def full(client: Client, workspace: Object) -> None:
     _row("image", "@".join(v for v in (adapter.get("image"), adapter.get("digest")) if v))
     if "evalLossBefore" in adapter and "evalLossAfter" in adapter:
         _row("loss", f"{adapter['evalLossBefore']:.4f} before, {adapter['evalLossAfter']:.4f} after, on held-out data")
+    _endpoint(client, workspace, options)
     _conditions(workspace, status.get("conditions", ()))
     _attempts(attempts(workspace))
     _events(client, workspace)
@@ -88,6 +93,35 @@ def _progress(progress: Mapping[str, Any]) -> str:
     if "costSoFar" in progress:
         parts.append(f"${progress['costSoFar']:.2f} so far (estimate)")
     return ", ".join(p for p in parts if p)
+
+
+def _endpoint(client: Client, workspace: Object, options: str) -> None:
+    known = endpoint.summary(workspace)
+    if known is None:
+        return
+    since = f" for {_ago(known['since'])}" if known["since"] else ""
+    asked = f", last asked {_ago(known['lastRequest'])} ago" if known["lastRequest"] else ""
+    _row("endpoint", f"{known['phase']}{since}{asked}")
+    _row("outside", _outside(client, workspace))
+    click.echo(endpoint.how_to_call(workspace, options))
+
+
+def _outside(client: Client, workspace: Object) -> str:
+    """Where its load balancer is, if it asks for one."""
+    metadata = workspace["metadata"]
+    asked = str((metadata.get("annotations") or {}).get(labels.ENABLE_LOAD_BALANCER, "")).lower() == "true"
+    if not asked or not endpoint.url(workspace):
+        return ""
+    try:
+        service = client.get(SERVICES, metadata["name"], metadata["namespace"]) or {}
+    except ApiError as e:
+        return e.problems[0].message
+    given = service.get("status", {}).get("loadBalancer", {}).get("ingress") or []
+    hosts = [str(i.get("hostname") or i.get("ip")) for i in given]
+    return (
+        ", ".join(f"http://[{h}]" if ":" in h else f"http://{h}" for h in hosts)
+        or "the cloud has not given an address yet"
+    )
 
 
 def _conditions(workspace: Object, conditions: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from kaito_core.api import conditions
+from kaito_core.api import conditions, labels
+from kaito_core.controller.reconcile.observed import WAITING
+from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.kube.kinds import Object
 
 SHOWN: Final = (
@@ -14,6 +16,7 @@ SHOWN: Final = (
     conditions.NODES_READY,
     conditions.RESOURCE_READY,
     conditions.JOB_STARTED,
+    conditions.INFERENCE_READY,
     conditions.WORKSPACE_DELETING,
 )
 """The conditions on the way; the last one, ``WorkspaceSucceeded``, repeats them until it is the end."""
@@ -35,13 +38,57 @@ def current_conditions(workspace: Object | None) -> list[Mapping[str, Any]]:
 
 
 def succeeded(workspace: Object) -> bool | None:
-    """How it ended; None as long as it goes on."""
-    for condition in current_conditions(workspace):
-        if condition["type"] == conditions.WORKSPACE_SUCCEEDED:
+    """How it ended; None as long as it goes on. An endpoint has come out well once it answers, or sleeps until somebody asks."""
+    if not is_tuned(workspace) and refusal(workspace):
+        return False
+    for condition in workspace.get("status", {}).get("conditions", ()):
+        if condition["type"] == conditions.WORKSPACE_SUCCEEDED and (
+            is_current(workspace, condition) or is_trained(workspace)
+        ):
             if condition["status"] == "True":
                 return True
             return False if condition.get("reason") in _FINAL else None
     return None
+
+
+def is_tuned(workspace: Object) -> bool:
+    """Whether it asks for a tuning; else it is an endpoint and nothing else."""
+    return bool(workspace.get("tuning"))
+
+
+def is_trained(workspace: Object) -> bool:
+    """Whether the tuning that it asks for now has come to its end. What is served of it may change without training anew."""
+    done = workspace.get("status", {}).get("finishedRevision")
+    return is_tuned(workspace) and bool(done) and done == hash_of(workspace)
+
+
+def phase(workspace: Object) -> str:
+    """How its endpoint is: ``Asleep``, ``Starting``, ``Ready`` or ``Failed``; empty when it has none."""
+    return str((workspace.get("status", {}).get("serving") or {}).get("phase") or "")
+
+
+def policy(workspace: Object) -> str:
+    """When it is served: ``always``, ``onDemand`` or ``never``; empty where only its controller knows, since a tuned one says nothing."""
+    said = (workspace.get("inference") or {}).get("policy")
+    if said or not is_tuned(workspace):
+        return str(said or "always")
+    annotation = (workspace["metadata"].get("annotations") or {}).get(labels.SERVE_AFTER_TUNING, "")
+    return str(annotation) if annotation in labels.ANNOTATION_VALUES[labels.SERVE_AFTER_TUNING] else ""
+
+
+def is_off(workspace: Object) -> bool:
+    """Whether it is an endpoint that shall not be there."""
+    return not is_tuned(workspace) and policy(workspace) == "never"
+
+
+def refusal(workspace: Object) -> str:
+    """Why its endpoint will not be there as long as nobody changes something; empty when it may."""
+    known = {c["type"]: c for c in current_conditions(workspace)}
+    accepted, ready = known.get(conditions.ACCEPTED, {}), known.get(conditions.INFERENCE_READY, {})
+    if accepted.get("status") == "False" and accepted.get("reason") not in WAITING:
+        return words(accepted)
+    failed = phase(workspace) == "Failed" or ready.get("reason") == "NoActivator"
+    return words(ready) if ready.get("status") == "False" and failed else ""
 
 
 def message(workspace: Object, kind: str = conditions.WORKSPACE_SUCCEEDED) -> str:

@@ -198,6 +198,7 @@ class Case:
         if self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspaceFailed", message):
             self.note("Warning", note, message)
         self.state("Failed")
+        self.status.pop("adapter", None)  # of an earlier revision: it is not what was asked for now
         self.status["finishedRevision"] = self.history.current.hash
 
     def pending(self, message: str) -> None:

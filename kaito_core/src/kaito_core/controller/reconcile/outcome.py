@@ -42,7 +42,7 @@ def outcome(case: Case, job: Object) -> None:
     if "Failed" in ended:
         _failed(case, job, [t for p in pods if (t := trouble(p)) is not None])
         return
-    if pod is not None and now is not None and (now.stuck or _pays_for_nothing(case, now)):
+    if pod is not None and now is not None and (now.stuck or pays_for_nothing(case, now)):
         waited = case.observed.now - seconds(pod["metadata"]["creationTimestamp"])
         if waited > PATIENCE:
             case.delete.append(Deletion(JOBS, job["metadata"]["name"], job["metadata"]["uid"]))
@@ -66,7 +66,7 @@ def _pods_are_behind(case: Case, job: Object, pods: list[Object], ended: set[str
     return any(t and case.observed.now - seconds(t) < SETTLED for t in since)
 
 
-def _pays_for_nothing(case: Case, now: Trouble) -> bool:
+def pays_for_nothing(case: Case, now: Trouble) -> bool:
     """Whether a machine that was got for it waits for a pod that cannot go there: a disk that nobody makes, as a rule. On nodes that are
     there anyway a pod may wait as long as it likes."""
     return now.reason == "Unschedulable" and case.attempt is not None and holds(case, case.attempt)

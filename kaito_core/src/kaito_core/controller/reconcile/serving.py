@@ -20,10 +20,10 @@ from typing import Any
 from kaito_core.api import conditions, labels
 from kaito_core.controller.reconcile.case import Case, find, seconds, words
 from kaito_core.controller.reconcile.decision import Deletion, Endpoint
-from kaito_core.controller.reconcile.diagnosis import latest, trouble
+from kaito_core.controller.reconcile.diagnosis import Trouble, latest, trouble
 from kaito_core.controller.reconcile.machines import machines_are_there
 from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
-from kaito_core.controller.reconcile.outcome import release
+from kaito_core.controller.reconcile.outcome import PATIENCE, pays_for_nothing, release
 from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, PODS, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Plan
 from kaito_core.planning.serving import ServingPlan, TemplatePlan
@@ -68,7 +68,7 @@ def serve(case: Case) -> None:
         _stop(case)
         said = find(case.status.get("conditions"), conditions.INFERENCE_READY) or {}
         case.endpoint = Endpoint(words=str(said.get("message", "")), refused=True)
-        if case.policy == "always" and not case.status["serving"].get("revision"):
+        if case.policy == "always" and not case.status["serving"].get("final"):
             case.look_again(RETRY)
     else:
         _sleep(case)
@@ -101,7 +101,7 @@ def _phase(case: Case) -> str:
 
 
 def _enter(case: Case, phase: str) -> str:
-    known = {k: v for k, v in (case.status.get("serving") or {}).items() if k != "revision"}
+    known = {k: v for k, v in (case.status.get("serving") or {}).items() if k not in ("revision", "final")}
     if known.get("phase") != phase:
         case.status["serving"] = {**known, "phase": phase, "since": case.time}
     return phase
@@ -109,10 +109,11 @@ def _enter(case: Case, phase: str) -> str:
 
 def _is_wanted(case: Case, phase: str) -> bool:
     """Whether it shall be there now, though it is not."""
-    if phase == "Failed" and case.status["serving"].get("revision") == serving_hash(case):
-        return False
-    if phase == "Failed" and _for(case) < (RETRY if case.policy == "always" else RETRY_ON_DEMAND):
-        return False
+    failed = case.status["serving"] if phase == "Failed" else {}
+    if failed.get("revision") == serving_hash(case):
+        soon = _for(case) < (RETRY if case.policy == "always" else RETRY_ON_DEMAND)
+        if soon or failed.get("final"):
+            return False
     return case.policy == "always" or case.observed.demand
 
 
@@ -179,11 +180,15 @@ def _run(case: Case) -> None:
         return
     pod = latest(case.observed.servers)
     now = trouble(pod) if pod is not None else None
-    if now is not None and now.final:
+    if now is not None and (now.final or _waited_too_long(case, pod, now)):
         # The machine would wait, and be paid, for what cannot become well by itself.
         case.note("Warning", now.reason, now.message)
-        case.failed(now.message)
-        case.status["serving"]["revision"] = serving_hash(case)
+        case.failed(f"{now.message}; not tried again before the Workspace is changed")
+        case.status["serving"] |= {"revision": serving_hash(case), "final": True}
+        case.again = True
+        return
+    if case.policy == "onDemand" and not case.observed.demand and _for(case) > case.idle_after:
+        _enter(case, "Asleep")  # whoever wanted it has gone
         case.again = True
         return
     message = now.message if now else "the pod starts"
@@ -191,6 +196,13 @@ def _run(case: Case) -> None:
         case.note("Warning", now.reason, now.message)
     case.waiting(message, now.reason if now else "")
     case.look_again(SPOT_CHECK)
+
+
+def _waited_too_long(case: Case, pod: Object | None, now: Trouble) -> bool:
+    """Whether a machine waits for a pod that cannot go there, or cannot start there, by itself."""
+    if pod is None or not (now.stuck or pays_for_nothing(case, now)):
+        return False
+    return case.observed.now - seconds(pod["metadata"]["creationTimestamp"]) > PATIENCE
 
 
 def _reason(word: str) -> str:
@@ -215,6 +227,7 @@ def _start(case: Case) -> None:
     ready = nodes(case, plan)
     if ready is None:
         if _phase(case) == "Failed":
+            case.status["serving"]["revision"] = serving_hash(case)
             case.again = True
         return
     chosen = next_candidate(case, plan)
