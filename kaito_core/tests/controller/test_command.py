@@ -131,7 +131,9 @@ def test_it_gets_ready_leads_and_ends_in_peace(
         assert held["spec"]["holderIdentity"]
         controller.process.send_signal(number)
         assert controller.process.wait(60) == 0
-        assert [line["msg"] for line in controller.lines()][-2:] == ["draining", "stopped"]
+        said = [line["msg"] for line in controller.lines()]
+        assert said[-1] == "stopped"
+        assert "draining" in said  # what was being done then, for somebody else's Workspace, may have ended after it
     released = client.get(LEASES, lease, "default")
     assert released is not None
     assert released["spec"]["holderIdentity"] == ""

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,18 @@ def free_port() -> int:
     """One where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as s:
         return int(s.getsockname()[1])
+
+
+def free_ports(count: int) -> range:
+    """So many one after the other where nobody listens."""
+    while True:
+        first = free_port()
+        found = range(first, min(first + count, 65536))
+        with ExitStack() as stack, suppress(OSError):
+            for port in found:
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            if len(found) == count:
+                return found
 
 
 class Asking(threading.Thread):

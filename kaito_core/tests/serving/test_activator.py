@@ -18,7 +18,20 @@ from kaito_core.problems import Failure
 from kaito_core.serving.activator import Activator
 from kaito_core.serving.activator_http import Limits
 
-from .activator_world import IMPATIENT, KEY, Asking, Pod, Talk, Wakes, Wire, activating, free_port, status, tasks, until
+from .activator_world import (
+    IMPATIENT,
+    KEY,
+    Asking,
+    Pod,
+    Talk,
+    Wakes,
+    Wire,
+    activating,
+    free_ports,
+    status,
+    tasks,
+    until,
+)
 
 
 @pytest.fixture
@@ -360,8 +373,7 @@ def test_forgetting_ends_what_is_answered_and_sends_away_what_waits_for_nothing(
 
 def test_a_port_is_not_used_again_while_others_are_left() -> None:
     """A Service may still send an endpoint's requests to its old port for a while: nobody else may get them."""
-    first = free_port()
-    ports = range(first, first + 3)
+    ports = free_ports(3)
     taken = socket.create_server(("127.0.0.1", ports[1]))
     with taken, activating(ports=ports) as activator:
         assert activator.listen(("a", "a")) == ports[0]
