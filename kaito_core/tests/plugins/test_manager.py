@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kaito_core.plugins import manager
+from kaito_core.plugins import calls, manager
 from kaito_core.plugins.discovery import entry_points
 from kaito_core.plugins.manager import PluginManager, PluginStatus, _load, load_plugins
 from kaito_core.problems import Problem, UserError
@@ -91,7 +91,44 @@ BROKEN = {
     "needs a missing module": ("import not_installed_anywhere", "it needs the Python module not_installed_anywhere"),
     "is no Python": ("def (", "SyntaxError"),
     "raises in its hook": (preset_plugin("a") + "    1 / 0", "ZeroDivisionError"),
-    "exits in its hook": (preset_plugin("a") + "    raise SystemExit", "SystemExit"),
+    "exits in its hook": (preset_plugin("a") + "    raise SystemExit", "kaito_presets raised SystemExit"),
+    "pretends to be Ctrl-C": (
+        preset_plugin("a") + "    raise KeyboardInterrupt",
+        "kaito_presets raised KeyboardInterrupt",
+    ),
+    "recurses without end": ("def f(): f()\nf()", "raised RecursionError: maximum recursion depth"),
+    "has no memory": (preset_plugin("a") + "    raise MemoryError", "kaito_presets raised MemoryError"),
+    "yields forever": (preset_plugin("a") + "    while True: yield 1", "gave more than 100000 of them"),
+    "cannot even say what is wrong": (
+        "class Mute(Exception):\n    def __str__(self): raise SystemExit\nraise Mute",
+        "raised Mute",
+    ),
+    "yields what cannot be shown": (
+        preset_plugin("a") + "    yield type('Odd', (), {'__repr__': lambda self: 1 / 0})()",
+        "kaito_presets gave something that cannot be shown (Odd), not a Preset",
+    ),
+    "gives a field of another type": (
+        preset_plugin("a").replace('"mit"', "None"),
+        "kaito_presets gave a preset whose licence is None (NoneType), not a str",
+    ),
+    "gives a text for a tuple": (
+        preset_plugin("a").replace('("</s>",)', '"</s>"'),
+        "kaito_presets gave a preset whose chat.stop_tokens is '</s>' (str), not a tuple",
+    ),
+    "gives nothing for a record": (
+        preset_plugin("a").replace('ChatFormat("", ("</s>",))', "None"),
+        "kaito_presets gave a preset whose chat is None (NoneType), not a ChatFormat",
+    ),
+    "has a provisioner without a name": (
+        """
+        from kaito_core.plugins import *
+        class Cloud(NodeProvisioner):
+            offers = ensure = observe = release = None
+        @hookimpl
+        def kaito_node_provisioners(): yield Cloud()
+        """,
+        "kaito_node_provisioners gave a node provisioner whose name is missing",
+    ),
     "yields a str": (preset_plugin("a") + "    yield 'b'", "kaito_presets gave 'b' (str), not a Preset"),
     "returns a str": (
         "from kaito_core.plugins import hookimpl\n@hookimpl\ndef kaito_presets(): return 'ab'",
@@ -152,7 +189,20 @@ def test_one_broken_hook_leaves_the_plugins_other_hooks_working(site: Path) -> N
     plugins = load_plugins()
     assert plugins.preset("half").name == "half"
     half = status(plugins, "half")
-    assert (half.state, half.error, half.provides) == ("failed", "OSError: no socket", {"presets": ("half",)})
+    assert (half.state, half.error, half.provides) == (
+        "failed",
+        "kaito_runtimes raised OSError: no socket",
+        {"presets": ("half",)},
+    )
+    assert plugins.problems()[0].message.startswith("the plugin half (acme-half 1.0) works only in part: ")
+
+
+def test_a_hook_that_asks_for_its_own_answer_gets_none_and_an_end(site: Path) -> None:
+    asks = "    from kaito_core.plugins.manager import load_plugins; assert not load_plugins().presets()"
+    install(site, "acme-round", preset_plugin("a") + asks)
+    plugins = load_plugins()
+    assert plugins.preset("a")
+    assert status(plugins, "round").error == "kaito_presets raised RecursionError: kaito_presets asks for itself"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +337,7 @@ def test_rules_of_all_plugins_are_collected_and_a_broken_rule_is_said_each_time(
     for _ in range(2):
         broken, rule = plugins.validate(SimpleNamespace(name="mine"), None)  # type: ignore[arg-type]
         assert broken.severity == "warning"
-        assert "acme-a 1.0 could not be checked: ZeroDivisionError" in broken.message
+        assert "acme-a 1.0 could not be checked: kaito_validate raised ZeroDivisionError" in broken.message
         assert rule == Problem("mine has no team")
 
 
@@ -327,6 +377,107 @@ def test_events_reach_every_listener_and_a_broken_one_is_warned_of_once(
     assert len(caplog.records) == 1
 
 
+def test_what_a_hook_does_to_what_it_is_given_is_seen_by_nobody_and_said(site: Path) -> None:
+    install(site, "acme-a", WRAP.format("workload.env.update(LEAK='1')"))
+    install(site, "acme-b", WRAP.format("workload.env.update(MINE='1') or workload"))
+    workload = Workload("w", "", (), (), env={"A": "1"})
+    plugins = load_plugins()
+    changed = plugins.workload(None, workload)  # type: ignore[arg-type]
+    assert (workload.env, changed.env) == ({"A": "1"}, {"A": "1", "MINE": "1"})
+    assert status(plugins, "a").error == "kaito_workload changed the workload that it was given"
+    assert "dataclasses.replace" in status(plugins, "a").remedy
+    assert status(plugins, "b").state == "active"  # it handed back what it changed: that is its right
+
+
+def test_a_listener_cannot_change_what_the_next_one_hears(site: Path) -> None:
+    listens = "from kaito_core.plugins import hookimpl\nheard = []\n@hookimpl\ndef kaito_events(event): {}"
+    install(site, "acme-a", listens.format("event['results']['loss'] = 0; event.clear()"))
+    install(site, "acme-b", listens.format("heard.append(event)"))
+    event = {"event": "finished", "results": {"loss": 2.5}}
+    load_plugins().notify(event)
+    assert sys.modules["fixture_acme_b"].heard == [event] == [{"event": "finished", "results": {"loss": 2.5}}]
+
+
+def test_one_distribution_that_gives_a_name_by_two_entry_points_is_told_which(site: Path) -> None:
+    install(site, "acme-twice", preset_plugin("a"), name="first")
+    info = site / "acme_twice-1.0.dist-info" / "entry_points.txt"
+    info.write_text("[kaito]\nfirst = fixture_acme_twice\nsecond = fixture_acme_twice\n")
+    said = refusal(load_plugins(), "a").message
+    assert said == "the preset 'a' is provided by first (acme-twice 1.0) and second (acme-twice 1.0)"
+
+
+# --- heavy, loud and slow ones ----------------------------------------------------------------------------------------
+
+
+def test_a_plugin_that_imports_something_heavy_works_and_is_warned_of(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    (site / "torch.py").write_text("")
+    install(site, "acme-heavy", "import torch\n" + preset_plugin("a"))
+    plugins = load_plugins()
+    assert plugins.preset("a")
+    assert (status(plugins, "heavy").state, status(plugins, "heavy").heavy) == ("active", ("torch",))
+    (problem,) = plugins.problems()
+    assert problem.message == "the plugin heavy (acme-heavy 1.0) imports torch when it is loaded"
+    assert "import it inside the functions that need it" in problem.remedy
+
+
+def test_a_hook_that_imports_something_heavy_is_warned_of_too(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    (site / "torch.py").write_text("")
+    install(site, "acme-heavy", preset_plugin("a") + "    import torch")
+    assert status(load_plugins(), "heavy").heavy == ("torch",)
+
+
+def test_what_a_plugin_prints_is_logged_and_not_in_the_output(
+    site: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(site, "acme-loud", "print('hello')\n" + preset_plugin("a") + "    import click; click.echo('ex', nl=False)")
+    assert load_plugins().preset("a")
+    print("answer")
+    assert capsys.readouterr().out == "answer\n"
+    said = [r.getMessage() for r in caplog.records]
+    assert said == ["warning: acme-loud 1.0 prints: hello", "warning: acme-loud 1.0 prints: ex"]
+
+
+def test_a_plugin_that_hangs_is_left_to_itself_and_not_called_again_meanwhile(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "HOOK_SECONDS", 0.2)
+    install(site, "acme-hangs", "import threading\nthreading.Event().wait()")
+    install(
+        site,
+        "acme-slow",
+        """
+        import threading
+        from kaito_core.plugins import hookimpl
+        go, heard = threading.Event(), []
+
+        @hookimpl
+        def kaito_events(event):
+            heard.append(event)
+            go.wait()
+        """,
+    )
+    install(site, "acme-good", preset_plugin("good"))
+    plugins = load_plugins()
+    assert plugins.preset("good")
+    hangs = status(plugins, "hangs")
+    assert hangs.error == "importing fixture_acme_hangs did not return within 0.2 seconds"
+    assert "kaito --no-plugins" in hangs.remedy
+    assert "fixture_acme_hangs.py" in hangs.traceback  # where it is, for its author
+    for _ in range(3):
+        plugins.notify({"event": "started"})
+    slow = sys.modules["fixture_acme_slow"]
+    assert len(slow.heard) == 1
+    assert "kaito_events is not asked while kaito_events has not returned" in status(plugins, "slow").error
+    slow.go.set()
+    while len(slow.heard) == 1:
+        plugins.notify({"event": "finished"})
+    assert slow.heard[-1] == {"event": "finished"}
+
+
 # --- kaito plugins ----------------------------------------------------------------------------------------------------
 
 
@@ -360,4 +511,5 @@ def test_other_commands_warn_in_one_line_and_go_on(tmp_path: Path) -> None:
     shown = kaito(tmp_path, "--help", KAITO_PLUGINS="acme-broken")
     assert shown.returncode == 0
     (line,) = shown.stderr.splitlines()
-    assert line.startswith("warning: the plugin broken (acme-broken 1.0) does not work and is left out: SystemExit: 3")
+    who = "the plugin broken (acme-broken 1.0) does not work and is left out"
+    assert line == f"warning: {who}: importing fixture_acme_broken raised SystemExit: 3"

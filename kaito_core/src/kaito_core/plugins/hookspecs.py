@@ -1,8 +1,9 @@
 """What can be extended. Each hook is a function in a plugin module, marked with `kaito_core.plugins.hookimpl`.
 
 A plugin is an entry point in the group ``kaito`` whose value is a *light* module: it imports the standard library and
-``kaito_core.plugins``, and names heavy code only inside functions. Every implementation is called on its own; one that
-raises is reported and skipped, and costs nobody else anything.
+``kaito_core.plugins``, and names heavy code only inside functions. Every implementation is called on its own, with copies of the
+arguments, for `kaito_core.plugins.calls.HOOK_SECONDS` at most; one that raises or hangs is reported and skipped, and costs nobody
+else anything. ``docs/plugins/hooks`` has a page for each, with an example that a test runs.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def kaito_runtimes() -> Iterable[InferenceRuntime]:  # type: ignore[empty-body]
 
 @hookspec
 def kaito_validate(workspace: Workspace, plan: Plan | None) -> Iterable[Problem]:  # type: ignore[empty-body]
-    """A platform team's own rules. Called after planning, with the plan or None when there is none. Example::
+    """A platform team's own rules. Called after planning, with the plan or None when there is none. A rule that fails is a warning
+    that it could not be checked. Example::
 
     @hookimpl
     def kaito_validate(workspace, plan):
@@ -79,7 +81,8 @@ def kaito_validate(workspace: Workspace, plan: Plan | None) -> Iterable[Problem]
 
 @hookspec
 def kaito_workload(workspace: Workspace, workload: Workload) -> Workload | None:
-    """The last word on what is run: return a changed `Workload`, or None to leave it. Called in plugin order. Example::
+    """The last word on what is run: return a changed `Workload`, or None to leave it. Called in plugin order. What is done to the one
+    that it is given, without returning it, is done to a copy. Example::
 
     @hookimpl
     def kaito_workload(workspace, workload):

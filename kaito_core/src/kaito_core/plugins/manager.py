@@ -13,9 +13,11 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kaito_core.plugins.behaviours import GuardedProvisioner, GuardedRuntime, GuardedTuner, guarded_command
+from kaito_core.plugins.calls import collected
 from kaito_core.plugins.discovery import entry_points
 from kaito_core.plugins.installed import (
     COMMANDS,
@@ -28,9 +30,9 @@ from kaito_core.plugins.installed import (
     Kind,
     PluginStatus,
     is_own_name,
-    shown,
 )
 from kaito_core.plugins.known import canonical, unknown
+from kaito_core.plugins.records import flaw, shown
 from kaito_core.plugins.types import Command, InferenceRuntime, NodeProvisioner, Preset, Tuner, normalised
 from kaito_core.problems import Problem, Severity, UserError
 
@@ -48,6 +50,14 @@ _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?\Z")
 """``org/name`` of a hub, which no preset's own name can look like."""
 
 T = TypeVar("T")
+
+_GUARDS: Mapping[str, Callable[[Any, Installed], Any]] = {
+    TUNERS.name: GuardedTuner,
+    PROVISIONERS.name: GuardedProvisioner,
+    RUNTIMES.name: GuardedRuntime,
+    COMMANDS.name: guarded_command,
+}
+"""What is called later, long after its hook, is given out with a guard around it."""
 
 
 def load_plugins(
@@ -86,6 +96,8 @@ class PluginManager:
     def __init__(self, plugins: Iterable[Installed], missing: Iterable[str] = ()) -> None:
         self._plugins = tuple(plugins)
         self._missing = tuple(missing)
+        self._guarded: dict[tuple[int, str], tuple[Any, Any]] = {}
+        """What is guarded and what guards it: one guard for one object, since a provisioner's knows whether it is attached."""
         if self._missing:
             import logging
 
@@ -157,8 +169,9 @@ class PluginManager:
         return [p.status() for p in self._plugins]
 
     def problems(self) -> list[Problem]:
-        """What is wrong with the plugins, as far as they were used: broken ones, two of one name, names not installed."""
+        """What is wrong with the plugins, as far as they were used: broken ones, heavy ones, two of one name, names not installed."""
         found = [p.problem() for p in self._plugins if p.error]
+        found += filter(None, (p.weight() for p in self._plugins))
         found += self._not_installed()
         for kind in KINDS:
             for name, providers in self._owners(kind).items():
@@ -170,8 +183,17 @@ class PluginManager:
         owners: dict[str, list[tuple[Installed, T]]] = {}
         for plugin in self._plugins:
             for name, record in plugin.provided(kind).items():
-                owners.setdefault(name, []).append((plugin, record))
+                owners.setdefault(name, []).append((plugin, self._with_guard(kind, plugin, record)))
         return owners
+
+    def _with_guard(self, kind: Kind[T], plugin: Installed, record: T) -> T:
+        guard = _GUARDS.get(kind.name)
+        if guard is None:
+            return record
+        key = (id(record), kind.name)
+        if key not in self._guarded or self._guarded[key][0] is not record:
+            self._guarded[key] = (record, guard(record, plugin))
+        return self._guarded[key][1]  # type: ignore[no-any-return]
 
     def _all(self, kind: Kind[T]) -> dict[str, T]:
         found = {n: providers[0][1] for n, providers in self._owners(kind).items() if len(providers) == 1}
@@ -220,24 +242,33 @@ class PluginManager:
 
 
 def _problems(result: Any) -> list[Problem]:
-    found = list(result)
+    if not isinstance(result, Iterable):
+        raise TypeError(f"kaito_validate gave {shown(result)}, not an iterable of Problem")
+    found = collected(result, "kaito_validate")
     for each in found:
         if not isinstance(each, Problem):
             raise TypeError(f"kaito_validate gave {shown(each)}, not a Problem")
+        if wrong := flaw(each, Problem):
+            raise TypeError(f"kaito_validate gave a Problem whose {wrong}")
     return found
 
 
 def _same_type(before: T, after: Any) -> T:
     if not isinstance(after, type(before)):
         raise TypeError(f"kaito_workload gave {shown(after)}, not a {type(before).__name__}")
+    if wrong := flaw(after, type(before)):
+        raise TypeError(f"kaito_workload gave a {type(before).__name__} whose {wrong}")
     return after
 
 
 def _conflict(
     kind: Kind[Any], name: str, owners: Sequence[Installed], field: str, severity: Severity = "error"
 ) -> Problem:
+    who = [str(o) for o in owners]
+    if len(set(who)) < len(who):  # two entry points of one distribution
+        who = [f"{o.name} ({o})" for o in owners]
     return Problem(
-        f"the {kind.noun} {name!r} is provided by {' and '.join(map(str, owners))}",
+        f"the {kind.noun} {name!r} is provided by {' and '.join(who)}",
         f"uninstall one of them, or choose with KAITO_PLUGINS={owners[0].name}",
         field,
         severity=severity,
