@@ -16,7 +16,7 @@ from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, TuningPlan, plan, requirements
 from kaito_core.plugins.guard import blamed_on
-from kaito_core.plugins.types import DataFacts, Offer, Preset, Requirements, TuningFit
+from kaito_core.plugins.types import DataFacts, Offer, Preset, ProvisioningError, Requirements, TuningFit
 from kaito_core.problems import KaitoError, Problem, UserError
 
 if TYPE_CHECKING:
@@ -202,13 +202,20 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
 
 
 def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> list[Offer]:
-    """What can be had, and, unless only this machine is asked for, what the catalogue knows besides."""
+    """What can be had, and, unless only this machine is asked for, what the catalogue knows besides. A provisioner that fails is warned
+    of, and keeps nobody from the machines of the others."""
     wanted = Requirements() if local else requirements(workspace)
     found: list[Offer] = []
     for provisioner in plugins.provisioners().values():
         if not local or provisioner.name == "local":
-            with blamed_on(f"the node provisioner {provisioner.name!r}"):
-                found.extend(provisioner.offers(wanted))
+            try:
+                with blamed_on(f"the node provisioner {provisioner.name!r}"):
+                    found.extend(provisioner.offers(wanted))
+            except ProvisioningError as e:
+                click.echo(f"warning: the node provisioner {provisioner.name!r} does not know what it has: {e}", err=True)
+            except KaitoError as e:
+                for problem in e.problems:
+                    click.echo(str(replace(problem, severity="warning")), err=True)
     return found if local else [*found, *_known(wanted, found)]
 
 
