@@ -212,7 +212,9 @@ def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> lis
                 with blamed_on(f"the node provisioner {provisioner.name!r}"):
                     found.extend(provisioner.offers(wanted))
             except ProvisioningError as e:
-                click.echo(f"warning: the node provisioner {provisioner.name!r} does not know what it has: {e}", err=True)
+                click.echo(
+                    f"warning: the node provisioner {provisioner.name!r} does not know what it has: {e}", err=True
+                )
             except KaitoError as e:
                 for problem in e.problems:
                     click.echo(str(replace(problem, severity="warning")), err=True)
