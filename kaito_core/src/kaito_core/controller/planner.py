@@ -146,7 +146,10 @@ class Planner:
             if found is not None:
                 config_maps, version = {named: found.get("data") or {}}, found["metadata"]["resourceVersion"]
         offered = cluster_offers(workspace, self._provisioners)
-        annotations = tuple(sorted((obj["metadata"].get("annotations") or {}).items()))
+        # Others write annotations as often as they like: what is none of ours plans nothing anew.
+        said = (obj["metadata"].get("annotations") or {}).items()
+        passing = (labels.ASKED, labels.WAKE)
+        annotations = tuple(sorted((k, v) for k, v in said if k.startswith("kaito.sh/") and k not in passing))
         key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), annotations, serving, version, offered.offers)
         planned = self._known.get(key)
         if planned is None:
