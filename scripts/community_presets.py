@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kaito_core.models.architecture import Dense, linears_of
+
 TARGET = (
     Path(__file__).resolve().parent.parent / "plugins/kaito_preset_community/src/kaito_preset_community/presets.json"
 )
@@ -180,15 +182,7 @@ def _architecture(row: Mapping[str, str]) -> tuple[dict[str, Any], bool, list[st
     intermediate = None if row["quant_method"] else _intermediate(found, bytes_)
     if intermediate is not None:
         queries, keys = heads * head_dim, kv_heads * head_dim
-        linears = {
-            "q_proj": (hidden, queries),
-            "k_proj": (hidden, keys),
-            "v_proj": (hidden, keys),
-            "o_proj": (queries, hidden),
-            "gate_proj": (hidden, intermediate),
-            "up_proj": (hidden, intermediate),
-            "down_proj": (intermediate, hidden),
-        }
+        linears = linears_of(Dense(), hidden, intermediate, queries, keys)
         found |= {"intermediate": intermediate, "parameters": _besides(found) + layers * 3 * hidden * intermediate}
         if name in SERVED_ONLY:
             return found, False, [f"not tuned: {SERVED_ONLY[name]}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kaito_core.controller.reconcile.decide import needs_plan
 from kaito_core.kube.kinds import ENDPOINT_SLICES, SERVICES, STATEFUL_SETS
-from kaito_core.plugins.types import InsufficientCapacity
+from kaito_core.plugins.types import Gpu, InsufficientCapacity
+from kaito_core.testing.planning import GIB
 
-from .simulation import Crash, Simulation, workspace_object
+from .simulation import WORLD, Crash, Simulation, workspace_object
 from .test_decide import FINISHED, ended
 
 ACTIVATOR = ("10.0.0.1", 20001)
 IDLE = 900.0
+A100 = Gpu("A100", 80 * GIB, (8, 0))
 
 
 def serving(policy: str = "onDemand", **given: Any) -> Simulation:
@@ -345,3 +349,49 @@ class Endpoints(RuleBasedStateMachine):
 
 TestEndpoints = Endpoints.TestCase
 TestEndpoints.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
+
+
+# --- what a second reading found
+
+
+def test_an_endpoint_that_is_well_is_not_planned_again() -> None:
+    for policy in ("always", "onDemand"):
+        simulation = awake(serving(policy))
+        assert simulation.workspace is not None
+        assert not needs_plan(simulation.workspace, simulation.observe(), WORLD)
+
+
+def test_a_pod_that_starts_again_does_not_put_a_busy_endpoint_to_sleep() -> None:
+    simulation = awake(tuned())
+    simulation.demand = False
+    simulation.now += 5 * IDLE
+    simulation.last_request = simulation.now - 10
+    simulation.settle()
+    assert phase(simulation) == "Ready"
+    simulation.last_request = 0.0  # the new container has said nothing yet
+    simulation.answers(ready=False)
+    simulation.settle()
+    assert phase(simulation) == "Ready"
+    assert simulation.machines
+
+
+def test_what_is_made_on_another_machine_is_told_how_that_one_is_used() -> None:
+    """The same revision, laid out anew: a ConfigMap of its own, and the one before goes."""
+    simulation = awake(tuned())
+    first = _configs(simulation)
+    simulation.demand = False
+    simulation.now += 5 * IDLE
+    simulation.settle()
+    assert phase(simulation) == "Asleep"
+    simulation.offers = tuple(replace(o, gpu=A100, gpus=1) for o in simulation.offers)
+    awake(simulation)
+    assert _configs(simulation) != first
+    job = json.loads(_config(simulation)["serving.json"])
+    assert job["configuration"]["device"] == "cuda"
+    mounted = simulation.objects[STATEFUL_SETS, "one"]["spec"]["template"]["spec"]["volumes"][0]["configMap"]["name"]
+    assert mounted in _configs(simulation)
+    assert len(_configs(simulation)) == 1
+
+
+def _configs(simulation: Simulation) -> set[str]:
+    return {n for (k, n), o in simulation.objects.items() if k.kind == "ConfigMap" and "serving.json" in o["data"]}

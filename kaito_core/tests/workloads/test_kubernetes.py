@@ -169,7 +169,7 @@ def test_the_stages_come_with_the_job() -> None:
     st.from_regex(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True), st.from_regex(r"[a-z0-9]{63}", fullmatch=True)
 )
 def test_names_are_labels_and_differ_where_their_workspaces_do(name: str, other: str) -> None:
-    for made in (config_name(name, REVISION), results_claim_name(name)):
+    for made in (config_name(replace(WORKLOAD, name=name)), results_claim_name(name)):
         assert len(made) <= 63
         assert made[0].isalnum()
         assert made[-1].isalnum()

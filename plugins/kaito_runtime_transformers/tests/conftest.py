@@ -64,7 +64,11 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """`lora` on the demonstration model, until it knows what animals say: the stages `train` and `verify`, in this process."""
+    return train_animals(tmp_path_factory.mktemp("tuning"), "lora")
+
+
+def train_animals(folder: Path, method: str) -> Trained:
+    """The demonstration model, until it knows what animals say: the stages `train` and `verify`, in this process."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
     from kaito_core.data.chat import render
@@ -78,7 +82,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     config = pytest.importorskip("kaito_tuner_qlora.config")
     train = pytest.importorskip("kaito_tuner_qlora.train").train
     verify = pytest.importorskip("kaito_tuner_qlora.verify").verify
-    folder = tmp_path_factory.mktemp("tuning")
     tokenizer = ChatTokenizer(MODEL_DIR, DEMO.chat)
     conversations = [[Message("user", q), Message("assistant", a)] for q, a in PAIRS]
     examples = tokenizer.encode([render(c, DEMO.chat, tokenizer.special) for c in conversations])
@@ -95,8 +98,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         name="animals",
         namespace="default",
         preset=DEMO,
-        method="lora",
-        config=config.resolve(DEMO, "lora", {"TrainingArguments": arguments, "LoraConfig": {"r": 8}}),
+        method=method,
+        config=config.resolve(DEMO, method, {"TrainingArguments": arguments, "LoraConfig": {"r": 8}}),
         configuration=Configuration("cpu", "float32", 2, 1, 128, 1),
         data=DataInput(urls=("file:///nowhere",)),
     )

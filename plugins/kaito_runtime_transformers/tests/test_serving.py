@@ -19,7 +19,7 @@ from kaito_core.problems import UserError
 from kaito_core.progress import FILE_NAME, read
 from kaito_preset_demo import MODEL_DIR
 
-from .conftest import HELD_OUT, Endpoint, StartEndpoint, Trained, free_port, lay_out
+from .conftest import HELD_OUT, Endpoint, StartEndpoint, Trained, free_port, lay_out, train_animals
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("torch")
@@ -60,6 +60,17 @@ def test_the_answers_are_those_of_the_verify_stage(endpoint: Endpoint, trained: 
 
     said = asyncio.run(crowd())
     assert said == [(s["after"], s["before"]) for _, s in expected]
+
+
+def test_an_adapter_of_a_quantised_model_answers_as_it_was_verified_on_one(
+    tmp_path: Path, start: StartEndpoint
+) -> None:
+    """`qlora`: the adapter corrects the 4-bit model that it was trained on."""
+    verified = train_animals(tmp_path, "qlora")
+    served = start({"animals": (verified.folder, 1.0)}, {"load_in_4bit": True}).ready()
+    for (question, _), sample in zip(HELD_OUT, verified.verified["samples"], strict=False):
+        assert served.ask(question, "animals", max_tokens=160).strip() == sample["after"]
+        assert served.ask(question, "demo-phi-3", max_tokens=160).strip() == sample["before"]
 
 
 def test_strength(endpoint: Endpoint) -> None:

@@ -55,6 +55,8 @@ ASKED: Final = "kaito.sh/asked"
 """Who is asked for the first machines, and for which: written with the finalizer, before they are asked for."""
 API_KEY_SECRET: Final = "kaito.sh/api-key-secret"  # noqa: S105 – the name of an annotation
 """Ours: the Secret whose key ``api-key`` a request to the endpoint must have as its bearer token."""
+CONFIG: Final = "kaito.sh/config"
+"""The ConfigMap of a job or an endpoint."""
 WAKE: Final = "kaito.sh/wake"
 """Ours: when somebody wanted the endpoint to be there (RFC 3339)."""
 APPLIED: Final = "kaito.sh/applied"

@@ -117,7 +117,6 @@ def stateful_set(
     pod = pod_spec(
         workload,
         namespace=namespace,
-        revision=revision,
         selector=selector,
         results=None,
         image=image,

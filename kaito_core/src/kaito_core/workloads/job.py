@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kaito_core.plugins.types import Configuration, Preset
 from kaito_core.problems import UserError
@@ -68,26 +68,44 @@ class TuningJob:
     secrets: Secrets = field(default_factory=lambda: Secrets())
 
     def to_json(self) -> str:
-        return _schema().dump_json(self, indent=2).decode()
+        return written(_schema(), self)
 
     @staticmethod
     def from_json(text: str | bytes) -> TuningJob:
-        from pydantic import ValidationError
-
-        try:
-            return _schema().validate_json(text)
-        except ValidationError as e:
-            raise UserError(f"the job file is not what this version of kaito writes: {e.errors()[0]['msg']}",
-                            "plan the workspace again with the version that runs it") from e  # fmt: skip
+        return read_job(_schema(), text)
 
     @staticmethod
     def load() -> TuningJob:
         """The job of this process, from ``$KAITO_JOB``."""
-        path = os.environ.get("KAITO_JOB")
-        if not path or not Path(path).is_file():
-            raise UserError("no job to work on: the environment variable KAITO_JOB does not name a file",
-                            "stages are started by `kaito run` or by the controller")  # fmt: skip
-        return TuningJob.from_json(Path(path).read_bytes())
+        return TuningJob.from_json(job_file("no job to work on", "stages"))
+
+
+T = TypeVar("T")
+
+
+def written(schema: TypeAdapter[T], job: T) -> str:
+    """A job as the JSON that `read_job` takes."""
+    return schema.dump_json(job, indent=2).decode()
+
+
+def read_job(schema: TypeAdapter[T], text: str | bytes) -> T:
+    """The job of this kind that a file holds. Raises `UserError`."""
+    from pydantic import ValidationError
+
+    try:
+        return schema.validate_json(text)
+    except ValidationError as e:
+        raise UserError(f"the job file is not what this version of kaito writes: {e.errors()[0]['msg']}",
+                        "plan the workspace again with the version that runs it") from e  # fmt: skip
+
+
+def job_file(lack: str, started: str) -> bytes:
+    """What ``$KAITO_JOB`` names. Raises `UserError` with these words for the lack, and for what kaito starts."""
+    path = os.environ.get("KAITO_JOB")
+    if not path or not Path(path).is_file():
+        raise UserError(f"{lack}: the environment variable KAITO_JOB does not name a file",
+                        f"{started} are started by `kaito run` or by the controller")  # fmt: skip
+    return Path(path).read_bytes()
 
 
 @cache

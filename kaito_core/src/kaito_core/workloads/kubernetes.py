@@ -8,6 +8,7 @@ account, and a root file system that cannot be written.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,15 @@ def job_name(workspace_name: str) -> str:
     return workspace_name
 
 
-def config_name(workspace_name: str, revision: Revision) -> str:
-    return fitting(workspace_name, f"-job-{revision.hash[:5]}")
+def config_name(workload: Workload) -> str:
+    """By its content: one revision of a Workspace may be laid out in another way on another machine."""
+    text = json.dumps(_config_data(workload), sort_keys=True)
+    return fitting(workload.name, f"-job-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+
+def _config_data(workload: Workload) -> dict[str, str]:
+    data = {_file_key(workload, path): content for path, content in workload.files.items()}
+    return {**data, STAGES_FILE: write_stages(workload.stages)}
 
 
 def results_claim_name(workspace_name: str) -> str:
@@ -85,8 +93,7 @@ def results_claim_name(workspace_name: str) -> str:
 
 def config_map(workload: Workload, *, namespace: str, owner: Object, revision: Revision) -> Object:
     """The workload's files and its stages. UserError when they are more than the API server takes."""
-    data = {_file_key(workload, path): content for path, content in workload.files.items()}
-    data[STAGES_FILE] = write_stages(workload.stages)
+    data = _config_data(workload)
     size = sum(len(k) + len(v.encode()) for k, v in data.items())
     if size > CONFIG_BYTES:
         raise UserError(
@@ -97,7 +104,7 @@ def config_map(workload: Workload, *, namespace: str, owner: Object, revision: R
     return {
         "apiVersion": CONFIG_MAPS.api_version,
         "kind": CONFIG_MAPS.kind,
-        "metadata": metadata_of(config_name(workload.name, revision), namespace, owner, revision, workload),
+        "metadata": metadata_of(config_name(workload), namespace, owner, revision, workload),
         "immutable": True,
         "data": data,
     }
@@ -142,7 +149,6 @@ def job(
     pod = pod_spec(
         workload,
         namespace=namespace,
-        revision=revision,
         selector=selector,
         results=checkpoints,
         image=image,
@@ -181,7 +187,6 @@ def pod_spec(
     workload: Workload,
     *,
     namespace: str,
-    revision: Revision,
     selector: Mapping[str, str],
     results: Mapping[str, Any] | None,
     image: str,
@@ -204,7 +209,7 @@ def pod_spec(
         },
         "tolerations": [*GPU_TOLERATIONS, *_gone_node_tolerations()],
         "affinity": affinity(selector, workload.name, namespace),
-        "volumes": _volumes(workload, revision, results, cache),
+        "volumes": _volumes(workload, results, cache),
     }
     if image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": n} for n in image_pull_secrets]
@@ -241,6 +246,7 @@ def metadata_of(name: str, namespace: str, owner: Object, revision: Revision, wo
             **workload.annotations,
             labels.REVISION: str(revision.number),
             labels.REVISION_HASH: revision.hash,
+            labels.CONFIG: config_name(workload),
         },
         "ownerReferences": [owner_reference(owner)],
     }
@@ -295,9 +301,9 @@ def _environment(given: Mapping[str, str], workload: Workload) -> list[Object]:
 
 
 def _volumes(
-    workload: Workload, revision: Revision, checkpoints: Mapping[str, Any] | None, cache: Mapping[str, Any] | None
+    workload: Workload, checkpoints: Mapping[str, Any] | None, cache: Mapping[str, Any] | None
 ) -> list[Object]:
-    config = {"name": config_name(workload.name, revision)}
+    config = {"name": config_name(workload)}
     volumes: list[Object] = [
         {"name": "config-volume", "configMap": config},
         {"name": "dshm", "emptyDir": {"medium": "Memory"}},

@@ -10,16 +10,13 @@ Made from a plan, like the job of a tuning (`kaito_core.workloads.job`); it hold
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kaito_core.plugins.types import Preset, ServedAdapter, ServingConfiguration
-from kaito_core.problems import UserError
-from kaito_core.workloads.job import Secrets, digest_of
+from kaito_core.workloads.job import Secrets, digest_of, job_file, read_job, written
 from kaito_core.workloads.workload import Endpoint, Mount, Stage, Workload, local_model
 
 if TYPE_CHECKING:
@@ -64,26 +61,16 @@ class ServingJob:
         return self.adapters[0].name if self.adapters else self.preset.name
 
     def to_json(self) -> str:
-        return _schema().dump_json(self, indent=2).decode()
+        return written(_schema(), self)
 
     @staticmethod
     def from_json(text: str | bytes) -> ServingJob:
-        from pydantic import ValidationError
-
-        try:
-            return _schema().validate_json(text)
-        except ValidationError as e:
-            raise UserError(f"the job file is not what this version of kaito writes: {e.errors()[0]['msg']}",
-                            "plan the workspace again with the version that runs it") from e  # fmt: skip
+        return read_job(_schema(), text)
 
     @staticmethod
     def load() -> ServingJob:
         """The job of this process, from ``$KAITO_JOB``."""
-        path = os.environ.get("KAITO_JOB")
-        if not path or not Path(path).is_file():
-            raise UserError("no endpoint to serve: the environment variable KAITO_JOB does not name a file",
-                            "servers are started by `kaito run` or by the controller")  # fmt: skip
-        return ServingJob.from_json(Path(path).read_bytes())
+        return ServingJob.from_json(job_file("no endpoint to serve", "servers"))
 
 
 @cache

@@ -20,7 +20,7 @@ from kaito_core.api.resource import seconds_of
 from kaito_core.controller.reconcile.decision import Decision, Deletion, Endpoint, Ensure, Note, Observe, Release
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.revisions import History, history
-from kaito_core.kube.kinds import Kind, Object
+from kaito_core.kube.kinds import CONFIG_MAPS, Kind, Object
 
 ConditionStatus = Literal["True", "False", "Unknown"]
 
@@ -150,6 +150,14 @@ class Case:
 
     # --- what is decided
 
+    def end(self, kind: Kind, runs: Object, *, foreground: bool = False) -> None:
+        """Take away a job or an endpoint, and the ConfigMap that is its own."""
+        metadata = runs["metadata"]
+        self.delete.append(Deletion(kind, metadata["name"], metadata["uid"], foreground=foreground))
+        config = (metadata.get("annotations") or {}).get(labels.CONFIG)
+        if config:
+            self.delete.append(Deletion(CONFIG_MAPS, config))
+
     @property
     def time(self) -> str:
         """Now, as Kubernetes writes it."""
@@ -206,17 +214,16 @@ class Case:
         self.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", message)
         self.waiting(message)
 
-    def waiting(self, message: str, reason: str = "") -> None:
-        """Neither running nor serving yet, for this reason."""
+    def waiting(self, message: str, reason: str = "") -> bool:
+        """Neither running nor serving yet, for this reason; whether it is another one than before."""
         if not self.serving:
-            self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
             self.state("Pending")
-            return
+            return self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
         self.endpoint = Endpoint(words=message)
-        self.set(conditions.INFERENCE_READY, "False", reason or "WorkspaceInferenceStatusPending", message)
         if not self.tunes:
             self.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", message)
             self.state("NotReady")
+        return self.set(conditions.INFERENCE_READY, "False", reason or "WorkspaceInferenceStatusPending", message)
 
     def look_again(self, seconds: float) -> None:
         """Come back, at the latest, after so many seconds."""

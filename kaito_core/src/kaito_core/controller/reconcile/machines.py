@@ -7,7 +7,7 @@ from typing import Any
 
 from kaito_core.api import conditions
 from kaito_core.controller.reconcile.case import Case, find, seconds
-from kaito_core.controller.reconcile.decision import Deletion, Observe
+from kaito_core.controller.reconcile.decision import Observe
 from kaito_core.controller.reconcile.nodes import POLL, give_up
 from kaito_core.controller.reconcile.observed import Installed
 from kaito_core.kube.kinds import Kind, Object
@@ -93,7 +93,7 @@ def _another_machine(case: Case, kind: Kind, runs: Object, why: str) -> None:
     give_up(case, MACHINE_LOST, why)
     if case.attempt is None:
         case.status.pop("workerNodes", None)
-        case.delete.append(Deletion(kind, runs["metadata"]["name"], runs["metadata"]["uid"], foreground=True))
+        case.end(kind, runs, foreground=True)
 
 
 def holds(case: Case, attempt: dict[str, Any]) -> bool:

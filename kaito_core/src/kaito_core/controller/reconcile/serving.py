@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from kaito_core.api import conditions, labels
-from kaito_core.controller.reconcile.case import Case, find, seconds, words
+from kaito_core.controller.reconcile.case import Case, find, seconds, seconds_or_never, words
 from kaito_core.controller.reconcile.decision import Deletion, Endpoint
 from kaito_core.controller.reconcile.diagnosis import Trouble, latest, trouble
 from kaito_core.controller.reconcile.machines import machines_are_there
@@ -78,15 +78,15 @@ def serve(case: Case) -> None:
 def needs_serving_plan(case: Case) -> bool:
     """Whether `serve` will look at the plan: before anything runs, and once before it falls asleep for the first time."""
     phase = _phase(case)
-    if phase in ("", "Failed") or _is_wanted(case, phase):
-        return True
-    return phase in ("Starting", "Ready") and not _is_current(case)
+    if phase in ("Starting", "Ready"):
+        return not _is_current(case)
+    return not phase or _is_wanted(case, phase)
 
 
 def retire(case: Case) -> None:
     """Nothing is served (any more): what there is goes."""
     for kind, obj in _parts(case):
-        case.delete.append(Deletion(kind, obj["metadata"]["name"], obj["metadata"]["uid"]))
+        case.end(kind, obj)
     if case.status.pop("serving", None) is not None:
         case.unset(conditions.INFERENCE_READY)
     if not case.tunes and case.policy == "onDemand":
@@ -143,7 +143,7 @@ def _stop(case: Case) -> None:
     """End the pods, and give the machines back when nothing runs there any more."""
     there = case.observed.stateful_set
     if there is not None and "deletionTimestamp" not in there["metadata"]:
-        case.delete.append(Deletion(STATEFUL_SETS, there["metadata"]["name"], there["metadata"]["uid"]))
+        case.end(STATEFUL_SETS, there)
     if there is not None or case.observed.servers:
         case.look_again(SPOT_CHECK)
         return
@@ -176,7 +176,7 @@ def _run(case: Case) -> None:
         )
         case.set(conditions.INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", "")
         _succeeded(case, f"served on {replicas} machine{'s' if replicas > 1 else ''}")
-        _idle(case)
+    if _falls_asleep(case) or answering:
         return
     pod = latest(case.observed.servers)
     now = trouble(pod) if pod is not None else None
@@ -187,14 +187,8 @@ def _run(case: Case) -> None:
         case.status["serving"] |= {"revision": serving_hash(case), "final": True}
         case.again = True
         return
-    if case.policy == "onDemand" and not case.observed.demand and _for(case) > case.idle_after:
-        _enter(case, "Asleep")  # whoever wanted it has gone
-        case.again = True
-        return
-    message = now.message if now else "the pod starts"
-    if case.set(conditions.INFERENCE_READY, "False", _reason(now.reason if now else ""), message) and now:
+    if case.waiting(now.message if now else "the pod starts", now.reason if now else "") and now:
         case.note("Warning", now.reason, now.message)
-    case.waiting(message, now.reason if now else "")
     case.look_again(SPOT_CHECK)
 
 
@@ -203,10 +197,6 @@ def _waited_too_long(case: Case, pod: Object | None, now: Trouble) -> bool:
     if pod is None or not (now.stuck or pays_for_nothing(case, now)):
         return False
     return case.observed.now - seconds(pod["metadata"]["creationTimestamp"]) > PATIENCE
-
-
-def _reason(word: str) -> str:
-    return word or "WorkspaceInferenceStatusPending"
 
 
 def _take_old_ones_away(case: Case) -> None:
@@ -285,6 +275,11 @@ def _make(case: Case, plan: Plan, machines: NodeStatus) -> None:
         api_key_secret=(case.workspace["metadata"].get("annotations") or {}).get(labels.API_KEY_SECRET, ""),
         **where,
     )
+    before = case.observed.stateful_set
+    if before is not None:  # what it was told goes when it has been told something else
+        old = (before["metadata"].get("annotations") or {}).get(labels.CONFIG)
+        if old and old != made["metadata"]["annotations"][labels.CONFIG]:
+            case.delete.append(Deletion(CONFIG_MAPS, old))
     if plan.job.machines > 1:
         _apply(case, SERVICES, headless_service(case.workspace), case.observed.headless)
     _apply(case, STATEFUL_SETS, made, case.observed.stateful_set)
@@ -326,25 +321,27 @@ def _answering(case: Case) -> str:
     return ""
 
 
-def _idle(case: Case) -> None:
-    """Fall asleep when nobody has asked for long enough."""
+def _falls_asleep(case: Case) -> bool:
+    """Whether nobody has asked for long enough, or who asked has gone before it answered: its machine is given back."""
+    serving = case.status["serving"]
     said = [a for p in case.observed.servers if (a := case.observed.activity.get(p["metadata"]["uid"])) is not None]
-    last = max((float(a.fields.get("lastRequest") or 0.0) for a in said), default=0.0)
-    if last:
-        case.status["serving"]["lastRequest"] = case.time_of(last)
+    if last := max((float(a.fields.get("lastRequest") or 0.0) for a in said), default=0.0):
+        serving["lastRequest"] = case.time_of(last)
     if case.policy != "onDemand":
-        return
+        return False
     if case.observed.demand or any(a.fields.get("inFlight") for a in said):
         case.look_again(SPOT_CHECK)
-        return
-    since = max(last, seconds(case.status["serving"]["since"]))
+        return False
+    # What was said before counts too: a pod that has just started again knows of no request.
+    since = max(seconds(serving["since"]), seconds_or_never(serving.get("lastRequest")))
     left = since + case.idle_after - case.observed.now
     if left > 0:
         case.look_again(left)
-        return
+        return False
     case.note("Normal", "Idle", f"no request for {case.idle_after:.0f} s: the machine is given back")
     _enter(case, "Asleep")
     case.again = True
+    return True
 
 
 def _succeeded(case: Case, message: str) -> None:

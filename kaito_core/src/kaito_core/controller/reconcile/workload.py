@@ -6,12 +6,11 @@ from typing import Any
 
 from kaito_core.api import conditions, labels
 from kaito_core.controller.reconcile.case import Case
-from kaito_core.controller.reconcile.decision import Deletion
 from kaito_core.controller.reconcile.outcome import NOT_STARTED
 from kaito_core.kube.kinds import CONFIG_MAPS, JOBS, VOLUME_CLAIMS
 from kaito_core.planning.plan import Plan
 from kaito_core.plugins.types import NodeStatus
-from kaito_core.workloads.kubernetes import Revision, config_map, config_name, job, results_claim, results_claim_name
+from kaito_core.workloads.kubernetes import config_map, job, results_claim, results_claim_name
 
 
 def workload(case: Case, plan: Plan, nodes: NodeStatus) -> None:
@@ -65,14 +64,9 @@ def outdated(case: Case) -> bool:
     if old is None or case.job_is_current:
         return False
     if "deletionTimestamp" not in old["metadata"]:
-        case.delete.append(Deletion(JOBS, old["metadata"]["name"], old["metadata"]["uid"], foreground=True))
-        annotations = old["metadata"].get("annotations", {})
-        before = Revision(int(annotations.get(labels.REVISION, 0)), annotations.get(labels.REVISION_HASH, ""))
-        if before.hash != case.history.current.hash:
-            case.delete.append(Deletion(CONFIG_MAPS, config_name(case.name, before)))
-        case.note(
-            "Normal", "JobReplaced", f"the job of revision {before.number} is replaced: the Workspace was changed"
-        )
+        case.end(JOBS, old, foreground=True)
+        number = old["metadata"].get("annotations", {}).get(labels.REVISION, 0)
+        case.note("Normal", "JobReplaced", f"the job of revision {number} is replaced: the Workspace was changed")
     case.set(conditions.JOB_STARTED, "False", "WorkspaceTuningJobStatusPending", "the job before it is being removed")
     case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", "")
     case.state("Pending")
