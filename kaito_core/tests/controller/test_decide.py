@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kaito_core.controller.act import ask
 from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decide import decide
 from kaito_core.controller.reconcile.decision import Ensure, Observe, Release
@@ -106,6 +107,24 @@ def test_nothing_is_held_where_nothing_has_to_be_given_back() -> None:
 
 
 # --- nodes
+
+
+def test_a_provisioner_that_is_gone_lets_no_machine_be_forgotten() -> None:
+    """Asked for, the controller died, and its next image came without the plugin: the Workspace waits until somebody gives it back."""
+    simulation = Simulation(crash_after=3)
+    with contextlib.suppress(Crash):
+        simulation.reconcile()
+    assert simulation.machines
+    assert simulation.workspace is not None
+    simulation.remove()
+    observed = replace(simulation.observe(), provisioners={})
+    decision = decide(simulation.workspace, observed, WORLD)
+    assert decision.finalizer is None
+    assert decision.status is not None
+    found = {c["type"]: c["reason"] for c in decision.status["conditions"]}
+    assert found["WorkspaceDeleting"] == "ProvisionerMissing"
+    answer = ask({}, Release("cloud", "ws1"))
+    assert (answer.phase, type(answer.failure)) == ("releasing", Transient)
 
 
 def test_a_node_class_that_the_workspace_names_is_handed_on() -> None:

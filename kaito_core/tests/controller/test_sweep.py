@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -59,6 +60,16 @@ def sweep(cloud: NodeProvisioner, there: Object | None, namespace: str = "", *ot
     provisioners = {str(n): p for n, p in enumerate((*others, cloud))}
     Sweep(provisioners, lambda *_: there, lambda name, h: said.append(h.request_id), namespace).once()
     return said
+
+
+def test_what_is_only_written_down_beside_the_finalizer_is_wanted() -> None:
+    """The controller died right after it had asked, and was away for long: its machine has come, and is the one that is wanted."""
+    asked = {"provisioner": "cloud", "started": "2026-01-01T00:00:00Z"}
+    there = workspace()
+    there["metadata"]["annotations"] = {"kaito.sh/asked": json.dumps(asked)}
+    assert sweep(Cloud(held(request_id("u-1", []))), there) == []
+    there["metadata"]["annotations"] = {"kaito.sh/asked": "nonsense"}
+    assert sweep(Cloud(held(request_id("u-1", []))), there) == [request_id("u-1", [])]
 
 
 @pytest.mark.parametrize(

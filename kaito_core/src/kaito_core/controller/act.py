@@ -144,7 +144,8 @@ def ask(
 ) -> NodeStatus:
     """A provisioner's answer. What it raises becomes a failed answer: one broken plugin fails only what depends on it."""
     began = time.monotonic()
-    answer = _answer(provisioners[question.provisioner], question)
+    provisioner = provisioners.get(question.provisioner)
+    answer = _answer(provisioner, question) if provisioner else _nobody(question)
     if metrics:
         method = type(question).__name__.lower()
         result = type(answer.failure).__name__ if answer.failure else answer.phase
@@ -167,6 +168,14 @@ def _answer(provisioner: NodeProvisioner, question: Ensure | Observe | Release) 
     except BaseException as e:  # sys.exit() too; nobody presses Ctrl-C in a worker's thread
         log.exception("the node provisioner %s broke", question.provisioner)
         message = f"the node provisioner {question.provisioner!r} broke: {words(e)}"
+    return NodeStatus(request_id, phase, message=message, failure=Transient(message))
+
+
+def _nobody(question: Ensure | Observe | Release) -> NodeStatus:
+    """What was asked for may be held still: nothing is said of it, and it is asked again."""
+    request_id = question.request.id if isinstance(question, Ensure) else question.request_id
+    message = f"the node provisioner {question.provisioner!r} is not installed (any more)"
+    phase: Literal["failed", "releasing"] = "releasing" if isinstance(question, Release) else "failed"
     return NodeStatus(request_id, phase, message=message, failure=Transient(message))
 
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from kaito_core.api import labels
-from kaito_core.controller.reconcile.case import request_id
+from kaito_core.controller.reconcile.case import attempts_of, request_id
 from kaito_core.kube.kinds import Object
 from kaito_core.plugins.types import Held, NodeProvisioner
 
@@ -26,7 +25,7 @@ def wanted(held: Held, workspace: Object | None) -> bool:
     """Whether this Workspace, the one that it was got for, still wants it: its present attempt is for just this request."""
     if workspace is None:
         return False
-    attempts: list[Mapping[str, Any]] = (workspace.get("status") or {}).get("attempts") or []
+    attempts = attempts_of(workspace, workspace.get("status") or {})
     return request_id(workspace["metadata"]["uid"], attempts) == held.request_id and bool(attempts)
 
 

@@ -36,9 +36,7 @@ class Case:
         self.observed = observed
         self.world = world
         self.status: dict[str, Any] = copy.deepcopy(workspace.get("status") or {})
-        asked = first_attempt(workspace)
-        if asked is not None and asked.get("provisioner") in observed.provisioners and not self.status.get("attempts"):
-            self.attempts.append(asked)
+        self.status["attempts"] = attempts_of(self.workspace, self.status)
         self.history: History = history(workspace, observed.revisions)
         self.finalizer: bool | None = None
         self.annotations: dict[str, str] = {}
@@ -246,6 +244,12 @@ class Case:
         )
 
 
+def attempts_of(workspace: Object, status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All attempts that are known, the oldest first; the first one may be written down with the finalizer alone."""
+    first = first_attempt(workspace)
+    return list(status.get("attempts") or ([first] if first else []))
+
+
 def first_attempt(workspace: Object) -> dict[str, Any] | None:
     """The attempt that was written down with the finalizer. Anybody may have written something else there."""
     try:
@@ -255,7 +259,11 @@ def first_attempt(workspace: Object) -> dict[str, Any] | None:
         return None
     kinds: dict[str, Any] = {"revision": int, "pricePerHour": (int, float)}
     known = {"provisioner", "instanceType", "region", "capacityType", "started", *kinds}
-    return found if all(k in known and isinstance(v, kinds.get(k, str)) for k, v in found.items()) else None
+    return (
+        found
+        if found.get("provisioner") and all(k in known and isinstance(v, kinds.get(k, str)) for k, v in found.items())
+        else None
+    )
 
 
 def request_id(uid: str, attempts: Sequence[Mapping[str, Any]]) -> str:
