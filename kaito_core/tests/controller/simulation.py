@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kaito_core.api import labels, read_workspace
-from kaito_core.controller.reconcile.decide import decide, serves
+from kaito_core.controller.reconcile.case import Case
+from kaito_core.controller.reconcile.decide import decide
 from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, PodProgress, World
 from kaito_core.controller.settings import Settings
@@ -155,7 +156,7 @@ class Simulation:
             revisions=revisions,
             provisioners={"cloud": Installed(self.holds)},
         )
-        serving = serves(self.workspace, observed, WORLD)
+        serving = Case(self.workspace, observed, WORLD).serves
         return replace(observed, planned=planned(self.workspace, self.offers, serving=serving))
 
     def _busy(self) -> PodProgress:

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decide import needs_plan
 from kaito_core.kube.kinds import ENDPOINT_SLICES, SERVICES, STATEFUL_SETS
 from kaito_core.plugins.types import Gpu, InsufficientCapacity
@@ -358,7 +359,7 @@ def test_an_endpoint_that_is_well_is_not_planned_again() -> None:
     for policy in ("always", "onDemand"):
         simulation = awake(serving(policy))
         assert simulation.workspace is not None
-        assert not needs_plan(simulation.workspace, simulation.observe(), WORLD)
+        assert not needs_plan(Case(simulation.workspace, simulation.observe(), WORLD))
 
 
 def test_a_pod_that_starts_again_does_not_put_a_busy_endpoint_to_sleep() -> None:

@@ -23,7 +23,7 @@ from kaito_core.controller.following import Following
 from kaito_core.controller.loop import Controller, Result
 from kaito_core.controller.planner import Planner, cluster_provisioners
 from kaito_core.controller.reconcile.case import Case, seconds_or_never
-from kaito_core.controller.reconcile.decide import decide, needs_plan, serves
+from kaito_core.controller.reconcile.decide import decide, needs_plan
 from kaito_core.controller.reconcile.decision import Endpoint
 from kaito_core.controller.reconcile.diagnosis import latest
 from kaito_core.controller.reconcile.observed import Installed, Observed, World
@@ -306,20 +306,19 @@ class WorkspaceController:
             slice=self._seen.get(ENDPOINT_SLICES, slice_name(name), namespace),
             servers=servers,
             activity={p["metadata"]["uid"]: said for p in servers if (said := self._following.progress(p))},
+            activator=(self._pod_ip, 0) if self._activator else None,  # its port is known when one is needed
             demand=self._demand(workspace),
             nodes={n: self._nodes.get(n) for n in bound},
             revisions=tuple(self._seen.list(REVISIONS, namespace, {labels.REVISION_NAME: name})),
             progress=self._following.progress(newest) if newest else None,
             provisioners=self._installed,
         )
-        if self._activator is not None:
-            observed = replace(observed, activator=(self._pod_ip, 0))
-            if serves(workspace, observed, self._world):
-                observed = replace(observed, activator=(self._pod_ip, self._activator.listen((namespace, name))))
-        if needs_plan(workspace, observed, self._world):
-            serving = serves(workspace, observed, self._world)
-            mounts = serving and self._image_volumes and mounts_images(self._server_version(), self._nodes.list())
-            planned = self._planner(workspace, serving=serving)
+        case = Case(workspace, observed, self._world)
+        if case.serves and self._activator is not None:
+            observed = replace(observed, activator=(self._pod_ip, self._activator.listen((namespace, name))))
+        if needs_plan(case):
+            mounts = case.serves and self._image_volumes and mounts_images(self._server_version(), self._nodes.list())
+            planned = self._planner(workspace, serving=case.serves)
             observed = replace(observed, planned=planned, mounts_images=mounts)
         return observed
 

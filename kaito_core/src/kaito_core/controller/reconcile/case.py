@@ -116,7 +116,11 @@ class Case:
         """Whether there is something to serve, and it shall be. On demand, somebody must be there to hold the first request."""
         there = bool(self.workspace.get("inference")) if not self.tunes else self.finished and "adapter" in self.status
         policy = self.policy
-        return there and (policy == "always" or (policy == "onDemand" and self.observed.activator is not None))
+        return (
+            there
+            and not self.deleting
+            and (policy == "always" or (policy == "onDemand" and self.observed.activator is not None))
+        )
 
     @property
     def idle_after(self) -> float:

@@ -36,15 +36,8 @@ def decide(workspace: Object, observed: Observed, world: World) -> Decision:
     return case.decision()
 
 
-def serves(workspace: Object, observed: Observed, world: World) -> bool:
-    """Whether it will be decided about an endpoint."""
-    case = Case(workspace, observed, world)
-    return not case.deleting and case.serves
-
-
-def needs_plan(workspace: Object, observed: Observed, world: World) -> bool:
+def needs_plan(case: Case) -> bool:
     """Whether the decision will look at `Observed.planned`, which is not for nothing."""
-    case = Case(workspace, observed, world)
     if case.deleting:
         return False
     if case.serves:
