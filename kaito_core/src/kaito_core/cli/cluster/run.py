@@ -38,7 +38,6 @@ from kaito_core.kube.kinds import WORKSPACES, Object
 from kaito_core.planning.choice import is_free, money
 from kaito_core.planning.plan import Plan, TuningPlan
 from kaito_core.plugins.manager import load_plugins
-from kaito_core.plugins.types import TuningFit
 from kaito_core.problems import Failure, Problem, UserError
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ def _cost(plan: Plan, *, always: bool) -> str:
     """``small costs $0.90 an hour (Standard_NC6s_v3, azure-prices of 2026-01-01), about $0.30 in all (estimate)``."""
     assert plan.chosen is not None
     offer = plan.chosen.offer
-    seconds = plan.chosen.fit.seconds if isinstance(plan.chosen.fit, TuningFit) else None
+    seconds = plan.chosen.seconds
     if offer.price is None:
         return f"{plan.workspace.name} gets a {offer.instance_type} of {offer.provisioner}; its price is not known"
     price, count = offer.price, plan.workspace.resource.count
