@@ -14,7 +14,7 @@ from kaito_core.workloads.kubernetes import config_map, job, results_claim, resu
 
 
 def workload(case: Case, plan: Plan, nodes: NodeStatus) -> None:
-    """Create what this revision needs. Inference objects come here too, once there is a runtime that serves."""
+    """Create what this revision needs."""
     settings = case.world.settings
     rendered = case.world.workload(plan.workspace, plan)
     where: dict[str, Any] = {"namespace": case.namespace, "owner": case.workspace, "revision": case.history.current}
