@@ -112,6 +112,8 @@ class Simulation:
     demand: bool = False
     told: Endpoint | None = None
     """What the activator was told last."""
+    routes: bool = True
+    """Whether Kubernetes has seen that a pod is ready."""
     in_flight: int = 0
     last_request: float = 0.0
     """What the server's pod says of itself."""
@@ -146,6 +148,8 @@ class Simulation:
             stateful_set=self.objects.get((STATEFUL_SETS, "one")),
             service=self.objects.get((SERVICES, "one")),
             slice=self.objects.get((ENDPOINT_SLICES, "one-activator")),
+            routed=self.routes
+            and any(p["status"].get("conditions", [{}])[0].get("status") == "True" for p in self.servers),
             servers=tuple(self.servers),
             activity={p["metadata"]["uid"]: self._busy() for p in self.servers if self.last_request},
             activator=self.activator,

@@ -355,6 +355,30 @@ TestEndpoints.settings = settings(max_examples=60, stateful_step_count=15, deadl
 # --- what a second reading found
 
 
+def test_the_activator_stays_until_kubernetes_itself_sends_to_the_pod() -> None:
+    """Seen on a real node: the pod was ready, the activator gone, the Service empty, and four requests refused."""
+    simulation = tuned(routes=False)
+    awake(simulation)
+    assert simulation.told is not None
+    assert simulation.told.address, "what still comes to the activator is sent on"
+    assert (ENDPOINT_SLICES, "one-activator") in simulation.objects
+    simulation.routes = True
+    simulation.settle()
+    assert (ENDPOINT_SLICES, "one-activator") not in simulation.objects
+
+
+def test_a_pod_that_goes_is_no_trouble() -> None:
+    simulation = awake(tuned())
+    [pod] = simulation.servers
+    pod["metadata"]["deletionTimestamp"] = "2027-01-15T08:00:00Z"
+    pod["status"] = {
+        "containerStatuses": [{"name": "one", "state": ended(143, {"event": "interrupted", "stage": "serve"})}]
+    }
+    simulation.settle()
+    assert "Interrupted" not in simulation.notes
+    assert (ENDPOINT_SLICES, "one-activator") in simulation.objects
+
+
 def test_an_endpoint_that_is_well_is_not_planned_again() -> None:
     for policy in ("always", "onDemand"):
         simulation = awake(serving(policy))

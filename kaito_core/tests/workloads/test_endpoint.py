@@ -20,6 +20,7 @@ from kaito_core.workloads.endpoint import (
     headless_service,
     is_applied,
     mounts_images,
+    routed,
     service,
     stateful_set,
 )
@@ -122,6 +123,19 @@ def test_an_object_is_applied_when_it_differs_and_not_else() -> None:
 def test_images_are_mounted_only_where_every_node_can(server: tuple[int, int], runtimes: list[str], can: bool) -> None:
     nodes = [{"status": {"nodeInfo": {"containerRuntimeVersion": r}}} for r in runtimes]
     assert mounts_images(server, nodes) is can
+
+
+def test_a_service_is_routed_when_a_slice_of_kubernetes_has_a_ready_endpoint() -> None:
+    ours = activator_slice(OWNER, ("10.0.0.1", 20001))
+    theirs: Object = {
+        "metadata": {"labels": {"kubernetes.io/service-name": "one"}},
+        "endpoints": [{"conditions": {"ready": False}}],
+    }
+    assert not routed([ours, theirs], "one")
+    theirs["endpoints"].append({"conditions": {"ready": True}})
+    assert routed([ours, theirs], "one")
+    assert not routed([theirs], "one-headless")
+    assert not routed([], "one")
 
 
 def test_an_adapter_in_an_image_becomes_a_volume_and_one_on_a_disk_stays() -> None:

@@ -50,7 +50,7 @@ from kaito_core.kube.workqueue import WorkQueue
 from kaito_core.plugins.types import Held
 from kaito_core.problems import Failure
 from kaito_core.serving.activator import Activator
-from kaito_core.workloads.endpoint import headless_name, mounts_images, slice_name
+from kaito_core.workloads.endpoint import headless_name, mounts_images, routed, slice_name
 
 if TYPE_CHECKING:
     from kaito_core.controller.metrics import Metrics
@@ -109,6 +109,7 @@ class WorkspaceController:
         ]
         self.reflectors = [self._nodes, self._revisions, self._jobs, *endpoints, self._pods, self._workspaces]
         by_kind = {r.kind: r for r in self.reflectors}
+        self._slices = by_kind[ENDPOINT_SLICES]
         self._seen = Seen({k: r for k, r in by_kind.items() if k not in (NODES, PODS)})
         self._pod_ip = pod_ip
         self._image_volumes = settings.image_volumes
@@ -304,6 +305,7 @@ class WorkspaceController:
             service=self._seen.get(SERVICES, name, namespace),
             headless=self._seen.get(SERVICES, headless_name(name), namespace),
             slice=self._seen.get(ENDPOINT_SLICES, slice_name(name), namespace),
+            routed=routed(self._slices.indexed(namespace, name), name),
             servers=servers,
             activity={p["metadata"]["uid"]: said for p in servers if (said := self._following.progress(p))},
             activator=(self._pod_ip, 0) if self._activator else None,  # its port is known when one is needed
@@ -350,7 +352,8 @@ def _small_job(job: Object) -> Object:
 
 def _small_part(part: Object) -> Object:
     """Of an endpoint: what it was made from is in an annotation."""
-    return _small(part, spec={"replicas": part.get("spec", {}).get("replicas")})
+    endpoints = [{"conditions": e.get("conditions")} for e in part.get("endpoints") or ()]
+    return _small(part, spec={"replicas": part.get("spec", {}).get("replicas")}, endpoints=endpoints or None)
 
 
 def _small_pod(pod: Object) -> Object:

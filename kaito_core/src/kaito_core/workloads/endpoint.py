@@ -73,6 +73,9 @@ def service(workspace: Object, *, port: int) -> Object:
     }
 
 
+SERVICE_NAME: Final = "kubernetes.io/service-name"
+MANAGED_BY: Final = "endpointslice.kubernetes.io/managed-by"
+"""Labels of an EndpointSlice; the Service's own ones are on those that Kubernetes makes, too."""
 POD_INDEX: Final = "apps.kubernetes.io/pod-index"
 """Which of a StatefulSet's pods it is, from 0 on (Kubernetes 1.28)."""
 FIRST_POD: Final = "statefulset.kubernetes.io/pod-name"
@@ -179,10 +182,7 @@ def activator_slice(workspace: Object, address: Address) -> Object:
     """Sends what comes for the endpoint to the activator."""
     name, (ip, port) = workspace["metadata"]["name"], address
     made = _head(ENDPOINT_SLICES, slice_name(name), workspace)
-    made["metadata"]["labels"] |= {
-        "kubernetes.io/service-name": name,
-        "endpointslice.kubernetes.io/managed-by": labels.GROUP,
-    }
+    made["metadata"]["labels"] |= {SERVICE_NAME: name, MANAGED_BY: labels.GROUP}
     return {
         **made,
         "addressType": f"IPv{ipaddress.ip_address(ip).version}",
@@ -193,6 +193,20 @@ def activator_slice(workspace: Object, address: Address) -> Object:
 
 def slice_name(workspace_name: str) -> str:
     return f"{workspace_name}-activator"
+
+
+def routed(slices: Iterable[Object], service_name: str) -> bool:
+    """Whether Kubernetes itself sends what comes for the Service to a pod: one of its own slices has an endpoint that is ready.
+
+    A pod that is ready is not yet there: who would take the activator away on the pod's word alone would leave the Service empty
+    until Kubernetes has caught up, and clients refused."""
+
+    def is_kubernetes(of: Object) -> bool:
+        has = of["metadata"].get("labels") or {}
+        return bool(has.get(SERVICE_NAME) == service_name and has.get(MANAGED_BY) != labels.GROUP)
+
+    endpoints = (e for each in slices if is_kubernetes(each) for e in each.get("endpoints") or ())
+    return any((e.get("conditions") or {}).get("ready") for e in endpoints)
 
 
 MOUNTS_IMAGES: Final = (1, 35)

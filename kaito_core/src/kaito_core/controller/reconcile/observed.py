@@ -71,6 +71,8 @@ class Observed:
     headless: Object | None = None
     slice: Object | None = None
     """Of the endpoint, and the activator's place in it."""
+    routed: bool = False
+    """Whether the Service reaches a pod by itself."""
     servers: tuple[Object, ...] = ()
     """The pods of the endpoint."""
     activity: Mapping[str, PodProgress] = field(default_factory=dict)

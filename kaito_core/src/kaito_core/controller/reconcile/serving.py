@@ -178,7 +178,7 @@ def _run(case: Case) -> None:
         _succeeded(case, f"served on {replicas} machine{'s' if replicas > 1 else ''}")
     if _falls_asleep(case) or answering:
         return
-    pod = latest(case.observed.servers)
+    pod = latest(p for p in case.observed.servers if "deletionTimestamp" not in p["metadata"])
     now = trouble(pod) if pod is not None else None
     if now is not None and (now.final or _waited_too_long(case, pod, now)):
         # The machine would wait, and be paid, for what cannot become well by itself.
@@ -361,7 +361,7 @@ def _show(case: Case) -> None:
     address, held = case.observed.activator, case.observed.slice
     if case.endpoint is None:
         case.endpoint = Endpoint(words=ASLEEP)
-    if case.endpoint.address or address is None:
+    if address is None or (case.endpoint.address and case.observed.routed):
         if held is not None:
             case.delete.append(Deletion(ENDPOINT_SLICES, held["metadata"]["name"], held["metadata"]["uid"]))
     else:
