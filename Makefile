@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test test-node test-fast lint docs manifests bench clean
+.PHONY: help setup quickstart test test-node test-outside test-fast lint docs manifests bench clean
 
 help:
 	@echo "make quickstart   set up, then tune a small model for real on this machine (minutes, CPU, no account)"
 	@echo "make test         set up, then run the tests: all but those of the next line"
 	@echo "make test-node    the way from building the images to an adapter, on a real Kubernetes node (Linux, root)"
+	@echo "make test-outside wheels in fresh environments, with the newest and the lowest versions of what they need (minutes)"
 	@echo "make test-fast    make test without what trains a model or takes long in another way"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make docs         write the generated pages of docs/reference again"
@@ -22,13 +23,16 @@ quickstart: setup
 	$(BIN)/kaito run --local --yes examples/quickstart.yaml
 
 test: setup
-	$(BIN)/pytest -m "not node"
+	$(BIN)/pytest -m "not node and not outside"
+
+test-outside: setup
+	$(BIN)/pytest -m outside
 
 test-node: setup
 	$(BIN)/pytest -m node
 
 test-fast: setup
-	$(BIN)/pytest -m "not slow and not node"
+	$(BIN)/pytest -m "not slow and not node and not outside"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ COMMANDS = {
     "push": "Push a finished adapter, or finish a push that failed.",
     "model": "Push a model's files as a container image; show what is in one.",
     "plugins": "List the plugins that were found, and what is wrong with broken ones.",
+    "new": "Write a package of a plugin: a preset, a provisioner, a tuner or a runtime.",
     "install": "Install or upgrade the controller in a cluster, without Helm.",
     "uninstall": "Remove the controller from a cluster; Workspaces stay unless you say otherwise.",
     "doctor": "Say what a cluster lacks to run Workspaces.",
