@@ -136,10 +136,24 @@ class System:
             "get workspaces -A -o yaml",
             "get events -A --sort-by=.lastTimestamp",
             "-n kaito-system logs -l app.kubernetes.io/name=kaito --tail=60 --prefix",
+            # Last: what a long report keeps, wherever it is cut.
+            *(
+                f"-n {namespace} logs {name} --all-containers --timestamps --tail=40"
+                for namespace, name in self._unready()
+            ),
         ]
         return "\n".join(
             f"$ kubectl {each}\n{self.cluster.kubectl(*each.split(), check=False)[-8000:]}" for each in asked
         )
+
+    def _unready(self) -> list[tuple[str, str]]:
+        """Namespace and name of the pods that run and are not ready."""
+        running = [p for p in self.get("pods", "", "-A")["items"] if p["status"].get("phase") == "Running"]
+        return [
+            (p["metadata"]["namespace"], p["metadata"]["name"])
+            for p in running
+            if not any(c["type"] == "Ready" and c["status"] == "True" for c in p["status"].get("conditions", ()))
+        ]
 
     def tune(
         self,
