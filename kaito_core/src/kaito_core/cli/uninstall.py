@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 PATIENCE = 900.0
 """Seconds that the controller may take to give all machines back: clouds are slow at it."""
 
+DEFINITION_PATIENCE = 60.0
+"""Seconds that the API server may take to take a definition out of service, which it does a moment after it was told."""
+
 
 @click.command("uninstall")
 @click.option("--keep-workspaces", is_flag=True, help="Leave Workspaces, their jobs and their machines as they are.")
@@ -57,9 +60,7 @@ def command(keep_workspaces: bool, everything: bool, context: str, yes: bool) ->
             client.delete(LEASES, obj["metadata"]["name"], obj["metadata"]["namespace"])
         click.echo(f"  removed  {kind}/{obj['metadata']['name']}")
     if everything:
-        for name in (d["metadata"]["name"] for d in definitions()):
-            client.delete(CRDS, name)
-            click.echo(f"  removed  {CRDS}/{name}")
+        _delete_definitions(client)
     click.echo("its namespace stays, as other things may be in it" if made else "no controller was installed here")
 
 
@@ -96,6 +97,22 @@ def _delete_workspaces(client: Client, found: list[Object], held: bool) -> None:
     if found:
         click.echo(f"waiting until the machines of {_count(found)} have been given back")
     until(lambda: not _workspaces(client), PATIENCE, lambda: _stuck(client))
+
+
+def _delete_definitions(client: Client) -> None:
+    """Delete them, and wait until they are gone: whoever installs again at once would meet one that is just going."""
+    names = [d["metadata"]["name"] for d in definitions()]
+    for name in names:
+        client.delete(CRDS, name)
+    for name in names:
+        until(
+            lambda name=name: client.get(CRDS, name) is None,  # type: ignore[misc]
+            DEFINITION_PATIENCE,
+            lambda name=name: Failure(  # type: ignore[misc]
+                f"{CRDS}/{name} is not gone after {DEFINITION_PATIENCE:.0f} s", f"see: kubectl describe crd {name}"
+            ),
+        )
+        click.echo(f"  removed  {CRDS}/{name}")
 
 
 def _stuck(client: Client) -> Failure:
