@@ -463,7 +463,7 @@ def test_a_chat_goes_through_the_api_server_as_it_comes(
     chat = subprocess.Popen([sys.executable, "-u", "-m", "kaito_core", "chat", "small", "flood"], env=environment,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert chat.stdout is not None
-    assert chat.stdout.read(6) == "first "
+    assert chat.stdout.read(6) == "first ", chat.communicate(timeout=60)
     chat.send_signal(signal.SIGINT)
     chat.communicate(timeout=60)
     assert chat.returncode == 130

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from kaito_core.kube.kinds import Kind, Object
 from kaito_core.kube.reflector import Reflector
 
-Key = tuple[Kind, str, str]
+Place = tuple[str, str]
+"""Namespace and name."""
 
 
 class Seen:
@@ -20,44 +21,55 @@ class Seen:
 
     def __init__(self, reflectors: Mapping[Kind, Reflector]) -> None:
         self._reflectors = reflectors
-        self._written: dict[Key, Object] = {}
+        self._written: dict[Kind, dict[Place, Object]] = {kind: {} for kind in reflectors}
         self._lock = threading.Lock()
 
     def wrote(self, kind: Kind, obj: Object) -> None:
         """This is what the API server answered to a write."""
         if kind in self._reflectors:
-            metadata = obj["metadata"]
             small = self._reflectors[kind].transform(obj)
             with self._lock:
-                self._written[kind, metadata.get("namespace", ""), metadata["name"]] = small
+                self._written[kind][_place(obj)] = small
 
     def get(self, kind: Kind, name: str, namespace: str = "") -> Object | None:
         """The object as it is known now; None when there is none."""
-        reflector = self._reflectors[kind]
+        reflector, place = self._reflectors[kind], (namespace, name)
+        written = self._written[kind].get(place)
         cached = reflector.get(name, namespace)
-        key = (kind, namespace, name)
-        written = self._written.get(key)
         if written is None:
             return cached
-        if _version(cached or {}) >= _version(written) or reflector.resource_version >= _version(written):
-            with self._lock:
-                if self._written.get(key) is written:
-                    del self._written[key]
-            return cached
-        return written
+        if self._is_newer(reflector, cached, written):
+            return written
+        self._forget(kind, place, written)
+        return cached
 
     def list(self, kind: Kind, namespace: str = "", labels: Mapping[str, str] | None = None) -> Sequence[Object]:
         """The objects of a namespace (of all when empty) with these labels, as they are known now."""
-        found = {_place(o): o for o in self._reflectors[kind].list(namespace, labels)}
+        reflector = self._reflectors[kind]
         with self._lock:
-            written = [k[1:] for k in self._written if k[0] == kind and namespace in ("", k[1])]
-        for place in written:
+            recent = [(p, o) for p, o in self._written[kind].items() if namespace in ("", p[0])]
+        found = {_place(o): o for o in reflector.list(namespace, labels)}
+        for place, written in recent:
+            if not self._is_newer(reflector, found.get(place) or reflector.get(place[1], place[0]), written):
+                # Forgotten here too: what only ever is listed would otherwise be gone through for ever.
+                self._forget(kind, place, written)
+                continue
             found.pop(place, None)
-            obj = self.get(kind, place[1], place[0])
-            has = (obj or {}).get("metadata", {}).get("labels") or {}
-            if obj is not None and all(has.get(k) == v for k, v in (labels or {}).items()):
-                found[place] = obj
+            has = written["metadata"].get("labels") or {}
+            if all(has.get(k) == v for k, v in (labels or {}).items()):
+                found[place] = written
         return list(found.values())
+
+    @staticmethod
+    def _is_newer(reflector: Reflector, cached: Object | None, written: Object) -> bool:
+        """Whether what was written is news to the cache."""
+        return _version(cached or {}) < _version(written) and reflector.resource_version < _version(written)
+
+    def _forget(self, kind: Kind, place: Place, written: Object) -> None:
+        """The cache has caught up with this; something newer may have been written meanwhile."""
+        with self._lock:
+            if self._written[kind].get(place) is written:
+                del self._written[kind][place]
 
 
 def _place(obj: Object) -> tuple[str, str]:

@@ -166,7 +166,7 @@ class Activator:
         started.set()
         await self._stopping.wait()
         for key in list(self._servers):
-            self._servers.pop(key)[1].close()
+            self._close(self._servers.pop(key)[1])
         for endpoint in {*self._endpoints.values(), *(e for _, e in self._tasks.values())}:
             endpoint.close("the activator ends; another takes over", everyone=True)
         self._send_idle_away()
@@ -199,7 +199,7 @@ class Activator:
                 port = sock.getsockname()[1]
                 server = await asyncio.start_server(partial(self._connected, endpoint), sock=sock, limit=PIECE)
                 if self._stopping.is_set() or self._endpoints.get(key) is not endpoint:
-                    server.close()  # stopped or forgotten meanwhile
+                    self._close(server)  # stopped or forgotten meanwhile
                     continue
                 self._servers[key] = port, server
                 log.info("holding requests to %s on port %d", endpoint, port)
@@ -227,11 +227,19 @@ class Activator:
 
     def _forget(self, key: Key) -> None:
         if key in self._servers:
-            self._servers.pop(key)[1].close()
+            self._close(self._servers.pop(key)[1])
         if key in self._endpoints:
             endpoint = self._endpoints.pop(key)
             endpoint.close(f"the endpoint {endpoint} is not held here any more", everyone=False)
             self._send_idle_away(endpoint)
+
+    def _close(self, server: asyncio.Server) -> None:
+        """Listen no more. What was accepted a moment ago still gets its handler first: asyncio drops a connection whose server is closed
+        between the two, without closing it, and its client would wait (`Server._attach` in Python 3.11 to 3.13)."""
+        assert self._loop is not None
+        for sock in server.sockets:
+            self._loop.remove_reader(sock.fileno())
+        self._loop.call_soon(server.close)
 
     def _send_idle_away(self, endpoint: Endpoint | None = None) -> None:
         for task, (client, its) in self._tasks.items():

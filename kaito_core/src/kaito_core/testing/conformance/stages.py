@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -57,10 +58,14 @@ class Running:
         threading.Thread(target=self._wait, daemon=True).start()
 
     def _wait(self) -> None:
-        # wait4 and not Popen.wait: it says how much memory this very child had.
-        _, status, usage = os.wait4(self._process.pid, 0)
+        peak = 0
+        while not (ended := os.wait4(self._process.pid, os.WNOHANG))[0]:
+            peak = max(peak, _peak(self._process.pid))
+            time.sleep(0.02)
+        _, status, usage = ended
+        # ru_maxrss only where there is no /proc: Linux counts in it what the parent had when it started the child.
         kib = 1 if sys.platform == "darwin" else 1024
-        self._ended = (os.waitstatus_to_exitcode(status), usage.ru_maxrss * kib)
+        self._ended = (os.waitstatus_to_exitcode(status), peak or usage.ru_maxrss * kib)
 
     @property
     def alive(self) -> bool:
@@ -101,6 +106,17 @@ class Running:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return
+
+
+def _peak(pid: int) -> int:
+    """Bytes of memory that a process, or one that it has started, has had at most; 0 where Linux does not say it."""
+    found = 0
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text("utf-8", "replace")
+        found = next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split():
+            found = max(found, _peak(int(child)))
+    return found
 
 
 def _added_to_the_path() -> list[str]:
