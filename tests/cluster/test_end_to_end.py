@@ -282,7 +282,7 @@ def test_an_endpoint_is_changed_and_its_pod_dies_without_a_failed_request(system
     load = {"imagePullSecrets": [{"name": "kaito-pull"}]}
     image = f"{system.registry.host}/kaito/my-controller:1"
     system.kubectl("run", "load", "--restart=Never", f"--image={image}", f"--overrides={json.dumps({'spec': load})}",
-                   "--command", "--", "python", "-c", LOAD, url, "150")  # fmt: skip
+                   "--command", "--", "python", "-c", LOAD, url, "110")  # fmt: skip
     system.until("the load", lambda: "begun" in system.kubectl("logs", "load", check=False))
     endpoint(system, ["first", "second"])
     system.until("the changed endpoint", lambda: serves(system, 2), 400)
