@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from kaito_core.api import conditions, labels
 from kaito_core.controller.act import Actor, ask
 from kaito_core.controller.following import Following
+from kaito_core.controller.forsaken import Forsaken
 from kaito_core.controller.loop import Controller, Result
 from kaito_core.controller.planner import Planner, cluster_provisioners
 from kaito_core.controller.reconcile.case import Case, seconds_or_never
 from kaito_core.controller.reconcile.decide import decide, needs_plan
-from kaito_core.controller.reconcile.decision import Endpoint
+from kaito_core.controller.reconcile.decision import Endpoint, Ensure
 from kaito_core.controller.reconcile.diagnosis import latest
+from kaito_core.controller.reconcile.nodes import POLL
 from kaito_core.controller.reconcile.observed import Installed, Observed, World
 from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.controller.seen import Seen
@@ -125,6 +127,7 @@ class WorkspaceController:
         self._recorder = Recorder(client, "kaito-controller")
         self._actor = Actor(client, self._seen, self._recorder, self._tell)
         self._following = Following(client, self._pods.list, self._pod_moved)
+        self._forsaken = Forsaken(lambda release: ask(self._provisioners, release, metrics))
         self._sweep = Sweep(
             {n: p for n, p in self._provisioners.items() if p.holds},
             lambda namespace, name: client.get(WORKSPACES, name, namespace),
@@ -262,9 +265,11 @@ class WorkspaceController:
 
     def reconcile(self, namespace: str, name: str) -> Result:
         """Bring one Workspace a step further; see the module."""
-        workspace = self._seen.get(WORKSPACES, name, namespace)
+        key, workspace = (namespace, name), self._seen.get(WORKSPACES, name, namespace)
+        if not self._forsaken.given_back(key, workspace["metadata"]["uid"] if workspace else ""):
+            self.queue.add_after(key, POLL)
         if workspace is None:
-            self._tell((namespace, name), None)
+            self._tell(key, None)
             return Result()
         try:
             return self._rounds(workspace)
@@ -275,14 +280,23 @@ class WorkspaceController:
             raise
 
     def _rounds(self, workspace: Object) -> Result:
+        metadata = workspace["metadata"]
+        key, uid = (metadata["namespace"], metadata["name"]), metadata["uid"]
         observed = self._observe(workspace)
         for _ in range(ROUNDS):
             decision = decide(workspace, observed, self._world)
             if decision.ask is not None:
+                if (
+                    isinstance(decision.ask, Ensure)
+                    and self._installed.get(decision.ask.provisioner, Installed()).holds
+                ):
+                    self._forsaken.asked(key, uid, decision.ask)
                 answer = ask(self._provisioners, decision.ask, self._metrics)
                 observed = replace(observed, asked={**observed.asked, decision.ask.key: answer})
                 continue
             workspace = self._actor.act(workspace, decision)
+            if decision.finalizer is False:
+                self._forsaken.let_go(key, uid)
             if not decision.again:
                 return Result(decision.look_again_after)
             observed = replace(self._observe(workspace), asked=observed.asked)
