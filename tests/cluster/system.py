@@ -25,7 +25,7 @@ import yaml
 
 from kaito_core.testing.cluster import Cluster, running_cluster, why_no_cluster
 from kaito_core.testing.registry import Registry, running_registry, why_no_registry
-from tests.cluster.images import build, buildah, flags, why_no_images
+from tests.cluster.images import build, buildah, flags, vllm_base, why_no_images
 from tests.conftest import EXAMPLES, ROOT
 
 if TYPE_CHECKING:
@@ -189,6 +189,35 @@ class System:
         return found
 
 
+ASK = """
+import json, sys, urllib.error, urllib.request
+url, body, key = sys.argv[1:]
+headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+try:
+    answer = urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=600)
+except urllib.error.HTTPError as e:
+    answer = e
+print(json.dumps({"status": answer.status, **json.loads(answer.read())}))
+"""
+
+
+def ask(system: System, url: str, body: dict[str, Any], key: str = "") -> dict[str, Any]:
+    """What the quick start does with curl: a pod that asks, and is gone. Needs nothing but Python. The answer, and its HTTP status."""
+    spec = {"imagePullSecrets": [{"name": "kaito-pull"}]}
+    image = f"{system.registry.host}/kaito/my-controller:1"
+    system.kubectl("run", "curl", "--restart=Never", f"--image={image}", f"--overrides={json.dumps({'spec': spec})}",
+                   "--command", "--", "python", "-c", ASK, url, json.dumps(body), key)  # fmt: skip
+    try:
+        ended = ("Succeeded", "Failed")
+        system.until("the answer", lambda: system.get("pod", "curl")["status"].get("phase") in ended, 600)
+        said = system.kubectl("logs", "curl")
+        assert system.get("pod", "curl")["status"]["phase"] == "Succeeded", f"{said}\n{system.report()}"
+        found: dict[str, Any] = json.loads(said)
+        return found
+    finally:
+        system.kubectl("delete", "pod", "curl", "--wait=true")
+
+
 def said(workspace: dict[str, Any], kind: str) -> dict[str, Any]:
     """A condition of a Workspace; empty when it has none of that type."""
     found = [c for c in workspace.get("status", {}).get("conditions", ()) if c["type"] == kind]
@@ -208,8 +237,8 @@ def _serve(folder: Path, stack: ExitStack) -> int:
 
 
 @contextmanager
-def running_system(folder: Path) -> Iterator[System]:
-    """Images built and pushed, a cluster with a GPU node, and nothing installed yet."""
+def running_system(folder: Path, *, vllm: bool = False) -> Iterator[System]:
+    """Images built and pushed, with ``vllm`` also vLLM's; a cluster with a GPU node, and nothing installed yet."""
     (folder / "files").mkdir()
     (folder / "files" / "small.jsonl").write_text(rows(60), encoding="utf-8")
     (folder / "files" / "long.jsonl").write_text(rows(400), encoding="utf-8")
@@ -228,6 +257,9 @@ def running_system(folder: Path) -> Iterator[System]:
                 }
             )
             build(commands["build"], folder)
+            if vllm:
+                command = f"python3 images/build.py vllm --registry {registry.host}/kaito --push"
+                build(command, folder, on=vllm_base(folder))
             _own_controller(commands["dockerfile"], registry, folder)
         cluster = stack.enter_context(running_cluster(node=True))
         cluster.trust(f"{MACHINE}:{registry.host.rpartition(':')[2]}")
@@ -298,6 +330,7 @@ def values(system: System) -> dict[str, Any]:
             "pullSecrets": ["kaito-pull"],
         },
         "checkpoints": {"storageClass": CLASS},
+        "secretNamespaces": ["default"],
         "podEnv": {"KAITO_INSECURE_REGISTRIES": system.output, "KAITO_ALLOW_PRIVATE_ADDRESSES": "1"},
     }
 

@@ -181,6 +181,10 @@ class Command:
     def interrupt(self) -> None:
         self._child.send_signal(signal.SIGINT)
 
+    def goes_on(self) -> bool:
+        """Whether it has not ended."""
+        return self._child.poll() is None
+
     def ends(self, code: int) -> str:
         """Wait for its end; what it said to stderr."""
         out, err = self._child.communicate(timeout=120)

@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from kaito_core.controller.reconcile.revisions import hash_of
+from kaito_core.controller.configs import digest
+from kaito_core.controller.reconcile.revisions import hash_of, served_by
 from kaito_core.kube.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, SERVICES, WORKSPACES, Kind
 from kaito_core.testing.cluster import why_no_cluster
 from kaito_core.testing.cluster.node import host_address
@@ -79,14 +80,15 @@ def echo(team: Team, environment: dict[str, str]) -> None:
     team.file.write_text(FILE)
 
 
-def is_(team: Team, phase: str, *conditions: tuple[str, str, str, str], **status: Any) -> None:
+def is_(team: Team, phase: str, *conditions: tuple[str, str, str, str], config: str = "", **status: Any) -> None:
     """What a controller says of an endpoint."""
     state = "Ready" if phase in ("Ready", "Asleep") else "NotReady"
-    team.says(*conditions, state=state, serving={"phase": phase, "since": NOW}, **status)
+    serving = {"phase": phase, "since": NOW, "annotations": served_by(yaml.safe_load(FILE)), "config": config}
+    team.says(*conditions, state=state, serving=serving, **status)
 
 
-def answers(team: Team) -> None:
-    is_(team, "Ready", READY, SERVED)
+def answers(team: Team, config: str = "") -> None:
+    is_(team, "Ready", READY, SERVED, config=config)
 
 
 def make(team: Team, text: str = FILE, **annotations: str) -> None:
@@ -121,6 +123,33 @@ def test_an_endpoint_is_followed_until_it_answers(kaito: Kaito, team: Team, envi
     assert again.returncode == 0, again.stderr
     assert f"{team.namespace}/small is served already" in again.stdout
     assert "kaito chat -n" in again.stdout
+
+
+@pytest.mark.usefixtures("controller")
+def test_changed_settings_in_the_file_are_a_change_though_the_workspace_is_the_same(
+    kaito: Kaito, team: Team, environment: dict[str, str]
+) -> None:
+    def write(text: str) -> str:
+        settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}}
+        data = {"inference_config.yaml": text}
+        team.file.write_text(f"{FILE}  config: settings\n---\n{yaml.safe_dump({**settings, 'data': data})}")
+        return digest(data)
+
+    first = write("echo: {}\n")
+    run = Command(environment, "run", "--yes", team.file)
+    answers(team, first)
+    run.ends(0)
+    assert "is served already" in kaito("run", "--yes", team.file).stdout
+    second = write("echo: {}  # again\n")
+    run = Command(environment, "run", "--yes", team.file)
+    run.says(f"  applied Workspace {team.namespace}/small")
+    time.sleep(2.0)
+    assert run.goes_on(), "it answers in its old form: that is not the end"
+    answers(team, second)
+    run.ends(0)
+    settings = team.client.get(CONFIG_MAPS, "settings", team.namespace)
+    assert settings is not None
+    assert digest(settings["data"]) == second
 
 
 @pytest.mark.usefixtures("controller")

@@ -19,6 +19,7 @@ from tests.cluster.system import (
     PASSWORD,
     USER,
     System,
+    ask,
     gpu_node,
     said,
     training,
@@ -90,28 +91,6 @@ def test_the_quick_start_ends_with_an_adapter_in_the_registry(system: System, tm
 
     assert _lasting(system.get("node", "gpu-1")) == node  # a machine that was there before is left as it was
     assert PASSWORD not in system.report()
-
-
-def ask(system: System, url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """What the quick start does with curl: a pod that asks, and is gone. Needs nothing but Python."""
-    code = (
-        "import sys, urllib.request as r; "
-        "q = r.Request(sys.argv[1], sys.argv[2].encode(), {'Content-Type': 'application/json'}); "
-        "print(r.urlopen(q, timeout=600).read().decode())"
-    )
-    spec = {"imagePullSecrets": [{"name": "kaito-pull"}]}
-    image = f"{system.registry.host}/kaito/my-controller:1"
-    system.kubectl("run", "curl", "--restart=Never", f"--image={image}", f"--overrides={json.dumps({'spec': spec})}",
-                   "--command", "--", "python", "-c", code, url, json.dumps(body))  # fmt: skip
-    try:
-        ended = ("Succeeded", "Failed")
-        system.until("the answer", lambda: system.get("pod", "curl")["status"].get("phase") in ended, 600)
-        said = system.kubectl("logs", "curl")
-        assert system.get("pod", "curl")["status"]["phase"] == "Succeeded", f"{said}\n{system.report()}"
-        found: dict[str, Any] = json.loads(said)
-        return found
-    finally:
-        system.kubectl("delete", "pod", "curl", "--wait=true")
 
 
 def test_the_quick_start_goes_on_to_its_last_line(system: System) -> None:
@@ -309,6 +288,41 @@ def test_an_endpoint_whose_machine_is_lost_comes_back_on_another(system: System)
     system.until("the endpoint", lambda: serves(system, 2), 400)
     system.kubectl("delete", "workspace", "served", "--timeout=120s")
     system.until("the end of its pods", lambda: not system.pods("served"))
+
+
+def test_an_endpoint_with_a_key_wakes_for_those_who_have_it_and_follows_its_settings(system: System) -> None:
+    def settings(context: int) -> None:
+        data = {"inference_config.yaml": f"transformers: {{max-model-len: {context}}}"}
+        document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": data}
+        system.kubectl("apply", "-f", "-", stdin=json.dumps(document))
+
+    def phase() -> str:
+        return str(system.workspace("locked").get("status", {}).get("serving", {}).get("phase", ""))
+
+    settings(512)
+    system.kubectl("create", "secret", "generic", "key", "--from-literal=api-key=sesame")
+    inference = {"preset": {"name": "demo-phi-3"}, "policy": "onDemand", "config": "settings"}
+    metadata = {"name": "locked", "annotations": {"kaito.sh/api-key-secret": "key"}}
+    system.kubectl("apply", "-f", "-", stdin=json.dumps({
+        "apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": metadata,
+        "resource": {"labelSelector": {"matchLabels": {"app": "tuning-phi-3"}}}, "inference": inference}))  # fmt: skip
+    system.until("the endpoint asleep", lambda: phase() == "Asleep")
+    url = f"http://{system.kubectl('get', 'svc', 'locked', '-o', 'jsonpath={.spec.clusterIPs[0]}')}/v1/chat/completions"
+    question = {"model": "demo-phi-3", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+    for wrong in ("", "guessed"):
+        assert ask(system, url, question, wrong)["status"] == 401
+    assert (phase(), system.pods("locked")) == ("Asleep", []), "no machine was got for them"
+    assert ask(system, url, question, "sesame")["status"] == 200
+    assert ask(system, url, question, "guessed")["status"] == 401, "now it is the pod that asks for it"
+    [pod] = system.pods("locked")
+    settings(256)
+    system.until("the pod with the changed settings", lambda: [
+        p for p in system.pods("locked") if p["metadata"]["uid"] != pod["metadata"]["uid"]], 120)  # fmt: skip
+    long = {**question, "messages": [{"role": "user", "content": "word " * 300}]}
+    assert ask(system, url, long, "sesame")["status"] == 400, "256 tokens are too few for it now"
+    assert "sesame" not in system.report()
+    system.kubectl("delete", "workspace", "locked", "--timeout=120s")
+    system.until("the end of its pods", lambda: not system.pods("locked"))
 
 
 # --- and out again

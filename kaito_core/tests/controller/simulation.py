@@ -19,6 +19,7 @@ from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, PODS, SERVICES, STATEFU
 from kaito_core.planning.plan import Catalog, plan
 from kaito_core.planning.serving import serving_after
 from kaito_core.plugins.types import InferenceRuntime, NodeStatus, Offer, Price, ProvisioningError
+from kaito_core.problems import Problem
 from kaito_core.testing.planning import GIB, OneOfEach
 from kaito_core.testing.serving import Echo
 from kaito_core.workloads.endpoint import Address
@@ -63,7 +64,7 @@ def planned(obj: Object, offers: tuple[Offer, ...] = OFFERS, *, serving: bool = 
     """What planning says of it."""
     workspace, problems = read_workspace(obj)
     assert workspace is not None, problems
-    catalog = Catalog(Registry(), offers)
+    catalog = Catalog(Registry(), offers, {"settings": {"inference_config.yaml": "{}"}})
     return Planned(serving_after(workspace, catalog) if serving and workspace.tuning else plan(workspace, catalog))
 
 
@@ -110,6 +111,10 @@ class Simulation:
     activator: Address | None = None
     """Where requests are held; None: nobody holds them."""
     demand: bool = False
+    config: str = ""
+    """What the settings are in the ConfigMap of the endpoint."""
+    refuses: str = ""
+    """Why it cannot be planned."""
     told: Endpoint | None = None
     """What the activator was told last."""
     routes: bool = True
@@ -154,6 +159,7 @@ class Simulation:
             activity={p["metadata"]["uid"]: self._busy() for p in self.servers if self.last_request},
             activator=self.activator,
             demand=self.demand,
+            config=self.config,
             job=self.objects.get((JOBS, "one")),
             pods=tuple(self.pods),
             nodes=dict.fromkeys(self.workspace.get("status", {}).get("workerNodes", ()), self.node),
@@ -161,6 +167,8 @@ class Simulation:
             provisioners={"cloud": Installed(self.holds)},
         )
         serving = Case(self.workspace, observed, WORLD).serves
+        if self.refuses:
+            return replace(observed, planned=Planned(None, "PlanRefused", (Problem(self.refuses),)))
         return replace(observed, planned=planned(self.workspace, self.offers, serving=serving))
 
     def _busy(self) -> PodProgress:

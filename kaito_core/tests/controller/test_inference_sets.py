@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, cast
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kaito_core.api import Workspace, labels, read_workspace
-from kaito_core.api.inference_set import TEMPLATE
+from kaito_core.api.inference_set import TEMPLATE, config_of
+from kaito_core.controller.configs import Configs, digest
 from kaito_core.controller.decide_set import (
     BURST,
     TAKEN,
@@ -26,9 +28,11 @@ from kaito_core.controller.decide_set import (
     serves,
 )
 from kaito_core.controller.inference_sets import InferenceSetController
+from kaito_core.controller.reconcile.revisions import served_by
+from kaito_core.controller.reconcile.serving import CONFIG_CHECK
 from kaito_core.kube.client import Client
 from kaito_core.kube.errors import AlreadyExists, Conflict, Forbidden
-from kaito_core.kube.kinds import EVENTS, INFERENCE_SETS, SERVICES, WORKSPACES, Kind, Object
+from kaito_core.kube.kinds import CONFIG_MAPS, EVENTS, INFERENCE_SETS, SERVICES, WORKSPACES, Kind, Object
 from kaito_core.problems import Failure
 
 NOW = 1_800_000_000.0
@@ -70,8 +74,14 @@ def stored(obj: Object, number: int = 0, *, ready: bool | None = None, **metadat
         **metadata,
     }
     if ready is not None:
-        made["status"] = {"conditions": [condition(ready, made["metadata"]["generation"])]}
+        made["status"] = status(made, ready)
     return made
+
+
+def status(workspace: Object, ready: bool) -> dict[str, Any]:
+    """What its controller says of a Workspace as it is now."""
+    about = {"annotations": served_by(workspace)}
+    return {"conditions": [condition(ready, workspace["metadata"]["generation"])], "serving": about}
 
 
 def condition(ready: bool, generation: int, message: str = "") -> dict[str, Any]:
@@ -230,7 +240,7 @@ def test_what_can_be_changed_in_place_keeps_its_machine_and_rolls_one_by_one() -
     waiting = decide(new, after, *workspaces[1:])
     assert not waiting.acts
     assert "1 of 3 have the present template" in said(waiting)[2]
-    after["status"]["conditions"] = [condition(True, 2)]
+    after["status"] = status(after, True)
     assert [c.name for c in decide(new, after, *workspaces[1:]).change] == ["llm-1"]
 
 
@@ -283,7 +293,31 @@ def test_labels_and_annotations_follow_the_template_and_others_stay() -> None:
     after = patched(workspace, decide(new, workspace).change[0].patch)
     assert after["metadata"]["labels"] == {"tier": "x", labels.INFERENCE_SET: "llm"}
     assert set(after["metadata"]["annotations"]) == {"somebody", TEMPLATE}
+    assert not serves(after), "what its controller says is about another runtime"
+    new["spec"]["template"]["metadata"]["annotations"] = {"kaito.sh/runtime": "vllm"}
+    after = patched(workspace, decide(new, workspace).change[0].patch)
     assert serves(after), "nothing that is served has changed"
+
+
+def test_a_changed_config_map_rolls_one_by_one() -> None:
+    obj = having(inference_set(), config="serving")
+
+    def looked(config: str, *workspaces: Object) -> SetDecision:
+        return decide_set(obj, ObservedSet(NOW, workspaces, service_of(obj), config))
+
+    made = [o for k, o in looked("aaa").create if k == WORKSPACES]
+    workspaces = [stored(o, i, ready=True) for i, o in enumerate(made)]
+    at_rest = looked("aaa", *workspaces)
+    assert not at_rest.acts
+    assert at_rest.look_again_after == CONFIG_CHECK
+    changed = looked("bbb", *workspaces)
+    assert [c.name for c in changed.change] == ["llm-0"]
+    assert set(changed.change[0].patch["metadata"]["annotations"]) == {TEMPLATE, "kaito.sh/runtime"}
+    after = patched(workspaces[0], changed.change[0].patch)
+    assert not serves(after), "no generation tells that it shall have other settings: its controller has to"
+    assert not looked("bbb", after, *workspaces[1:]).acts
+    after["status"] = status(after, True)
+    assert [c.name for c in looked("bbb", after, *workspaces[1:]).change] == ["llm-1"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"labels": 1}', "[" * 100_000, '{"annotations": {"a": "b"}}'])
@@ -473,7 +507,9 @@ def answers(workspace: Object) -> bool:
     """Whether requests to it are answered, by this world's own laws."""
     found = workspace.get("status", {}).get("conditions", [])
     generation = workspace["metadata"]["generation"]
-    return condition(True, generation) in found and "deletionTimestamp" not in workspace["metadata"]
+    about = workspace.get("status", {}).get("serving", {}).get("annotations")
+    is_so = condition(True, generation) in found and about == served_by(workspace)
+    return is_so and "deletionTimestamp" not in workspace["metadata"]
 
 
 class Controlled:
@@ -487,6 +523,7 @@ class Controlled:
     def restart(self, behind: int = 0) -> None:
         """A new controller, whose caches are so many changes late."""
         self.controller = InferenceSetController(cast(Client, self.server), clock=lambda: NOW)
+        self.controller._configs = Configs(cast(Client, self.server), itertools.count(step=60).__next__)
         self._at = dict.fromkeys((r.kind for r in self.controller.reflectors), 0)
         for reflector in self.controller.reflectors:
             reflector.has_synced = True
@@ -544,8 +581,7 @@ class Controlled:
     def tell(self, name: str, ready: bool) -> None:
         """The Workspace controller says how a Workspace is."""
         old = self.server.objects[WORKSPACES, name]
-        status = {"conditions": [condition(ready, old["metadata"]["generation"])]}
-        self.server.put(WORKSPACES, name, {**old, "status": status})
+        self.server.put(WORKSPACES, name, {**old, "status": status(old, ready)})
 
     def finish(self, name: str) -> None:
         """The machine has been given back."""
@@ -668,6 +704,12 @@ class Life(RuleBasedStateMachine):
     def another_template(self, template: dict[str, Any]) -> None:
         self.world.edit(template=template)
 
+    @rule(text=st.sampled_from(["a: 1", "a: 2", ""]))
+    def another_config_map(self, text: str) -> None:
+        config = {"metadata": {"name": "serving"}, "data": {"inference_config.yaml": text}}
+        if text or (CONFIG_MAPS, "serving") in self.server.objects:
+            self.server.put(CONFIG_MAPS, "serving", config if text else None)
+
     @precondition(lambda self: self.world.workspaces())
     @rule(data=st.data(), ready=st.booleans())
     def a_workspace_changes(self, data: st.DataObject, ready: bool) -> None:
@@ -709,6 +751,8 @@ class Life(RuleBasedStateMachine):
             read = Workspace.model_validate({k: v for k, v in workspace.items() if k != "status"})
             assert read.inference is not None
             assert read.inference.to_object() == wanted["inference"]
+            config = self.server.objects.get((CONFIG_MAPS, wanted["inference"].get("config")))
+            assert config_of(workspace["metadata"]["annotations"][TEMPLATE]) == digest(config and config["data"])
             assert {**wanted["metadata"]["labels"], labels.INFERENCE_SET: "llm"} == workspace["metadata"]["labels"]
             assert read.resource.instance_type == wanted.get("resource", {}).get("instanceType", "")
         assert (status["replicas"], status["readyReplicas"], status["updatedReplicas"]) == (len(there),) * 3

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decide import needs_plan
+from kaito_core.controller.reconcile.serving import CONFIG_CHECK
 from kaito_core.kube.kinds import ENDPOINT_SLICES, SERVICES, STATEFUL_SETS
 from kaito_core.plugins.types import Gpu, InsufficientCapacity
 from kaito_core.testing.planning import GIB
@@ -188,6 +189,47 @@ def test_a_changed_endpoint_rolls_over_and_the_tuning_is_not_done_again() -> Non
     assert simulation.bought == ["cheap", "cheap"], "one for the tuning, one for serving"
 
 
+def test_changed_settings_roll_over_though_the_workspace_is_the_same() -> None:
+    simulation = serving(config="aaa")
+    assert simulation.workspace is not None
+    simulation.workspace["inference"]["config"] = "settings"
+    awake(simulation)
+    assert simulation.workspace["status"]["serving"]["config"] == "aaa"
+    old = simulation.servers[0]["metadata"]["uid"]
+    simulation.demand = False
+    decision = simulation.reconcile()
+    assert decision is not None
+    assert decision.look_again_after == CONFIG_CHECK, "nobody watches the ConfigMap"
+    simulation.config = "bbb"
+    simulation.settle()
+    assert simulation.servers[0]["metadata"]["uid"] != old
+    assert simulation.workspace["status"]["serving"]["config"] == "bbb"
+    assert simulation.condition("InferenceReady")["status"] == "False"
+    simulation.answers()
+    simulation.settle()
+    assert simulation.condition("InferenceReady")["status"] == "True"
+    assert simulation.bought == ["cheap"]
+
+
+def test_what_cannot_be_served_any_more_goes_on_as_it_was_and_falls_asleep() -> None:
+    """Somebody breaks the ConfigMap: that is said, and keeps nobody from being answered."""
+    simulation = awake(serving(config="aaa"))
+    assert simulation.workspace is not None
+    before = simulation.servers[0]["metadata"]["uid"]
+    simulation.config, simulation.refuses = "bbb", "max-model-len: is no number"
+    simulation.settle()
+    assert simulation.condition("Accepted")["message"] == "max-model-len: is no number"
+    assert simulation.servers[0]["metadata"]["uid"] == before
+    assert simulation.told is not None
+    assert simulation.told.address, "the pod answers still"
+    assert (ENDPOINT_SLICES, "one-activator") not in simulation.objects, "nobody gets a 503 in its place"
+    simulation.demand = False
+    simulation.now += 2 * IDLE
+    simulation.settle()
+    assert phase(simulation) == "Asleep"
+    assert not simulation.machines
+
+
 def test_a_machine_does_not_wait_for_an_image_for_ever() -> None:
     simulation = serving("always")
     simulation.settle()
@@ -316,6 +358,10 @@ class Endpoints(RuleBasedStateMachine):
         self.run()
 
     @precondition(lambda self: self.simulation.workspace is not None)
+    @rule(config=st.sampled_from(["", "aaa", "bbb"]), refuses=st.sampled_from(["", "", "no such flag"]))
+    def settings_change(self, config: str, refuses: str) -> None:
+        self.simulation.config, self.simulation.refuses = config, refuses
+
     @rule(policy=st.sampled_from(["onDemand", "always", "never"]))
     def the_policy_changes(self, policy: str) -> None:
         workspace = self.simulation.workspace
@@ -336,6 +382,7 @@ class Endpoints(RuleBasedStateMachine):
             # Whatever has happened: it can be brought up, and falls asleep, and lets go of everything.
             simulation.workspace["inference"] = {**simulation.workspace.get("inference", {}), "policy": "onDemand"}
             simulation.now += 1000
+            simulation.refuses = ""
             awake(simulation)
             assert phase(simulation) == "Ready"
             simulation.demand = False

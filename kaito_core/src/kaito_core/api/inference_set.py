@@ -7,6 +7,7 @@ over (``nodeCountLimit``, ``updateStrategy``, a changed template) has an effect.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,9 @@ from kaito_core.problems import Problem
 
 TEMPLATE: Final = "inferenceset.kaito.sh/template"
 """The annotation of a Workspace that holds the template it was last made from, as JSON."""
+
+CONFIG: Final = "config"
+"""In this JSON: digest of the settings in the ConfigMap that the template names."""
 
 READY: Final = "InferenceSetReady"
 DELETING: Final = "InferenceSetDeleting"
@@ -172,6 +176,16 @@ class InferenceSet(Resource):
         given = rolling.max_unavailable if rolling else 1
         share = math.ceil(int(given.rstrip("%")) * replicas / 100) if isinstance(given, str) else given
         return max(1, share)
+
+
+def config_of(template: str) -> str:
+    """What the annotation `TEMPLATE` says of the settings; empty for the defaults. Anybody may have written something else there."""
+    try:
+        found = json.loads(template)
+    except (ValueError, RecursionError):
+        return ""
+    config = found.get(CONFIG) if isinstance(found, dict) else None
+    return config if isinstance(config, str) else ""
 
 
 def validate_inference_set(inference_set: InferenceSet, *, allow_private: bool = False) -> list[Problem]:

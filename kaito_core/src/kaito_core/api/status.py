@@ -82,6 +82,10 @@ class ServingStatus(Observed):
     since: str = Field("", description="Since when (RFC 3339).", json_schema_extra={"format": "date-time"})
     revision: str = Field("", description="Of `Failed`: the state of the Workspace that has failed.")
     final: bool | None = Field(None, description="Of `Failed`: it is not tried again before the Workspace is changed.")
+    config: str = Field(
+        "", description="Digest of the settings in the ConfigMap that the endpoint is served with, or shall be."
+    )
+    annotations: str = Field("", description="Digest of the annotations that it is served by, or shall be.")
     last_request: str = Field(
         "", description="When a request was seen last (RFC 3339).", json_schema_extra={"format": "date-time"}
     )

@@ -20,8 +20,10 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from kaito_core.api import Workspace, check_update, conditions, labels, read_inference_set
-from kaito_core.api.inference_set import DELETING, READY, TEMPLATE, InferenceSet
+from kaito_core.api.inference_set import CONFIG, DELETING, READY, TEMPLATE, InferenceSet
 from kaito_core.controller.reconcile.decision import Deletion, Note
+from kaito_core.controller.reconcile.revisions import served_by
+from kaito_core.controller.reconcile.serving import CONFIG_CHECK
 from kaito_core.kube.kinds import SERVICES, WORKSPACES, Kind, Object, owner_reference
 from kaito_core.problems import Problem, errors
 from kaito_core.workloads.serving import PORT
@@ -46,6 +48,8 @@ class ObservedSet:
     """Of its namespace: all of the set, and any others."""
     service: Object | None = None
     """The Service of the set's name, whosesoever it is."""
+    config: str = ""
+    """Digest of the settings in the ConfigMap that the template names (`kaito_core.controller.configs.digest`)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ def decide_set(inference_set: Object, observed: ObservedSet) -> SetDecision:
 
 
 def _replicas(case: _Case, wanted: InferenceSet) -> None:
-    replicas, template = wanted.allowed_replicas, _template_of(wanted)
+    replicas, template = wanted.allowed_replicas, _template_of(wanted, case.observed.config)
+    if wanted.spec.template.inference.config:
+        case.look_again_after = CONFIG_CHECK
     leaving = [w for w in case.ours if _leaving(w)]
     kept, surplus = _keep([w for w in case.ours if not _leaving(w)], replicas, template)
     for workspace in surplus:
@@ -222,7 +228,7 @@ def _say(case: _Case, wanted: InferenceSet, waits: Sequence[Object], leaving: Se
     message = "; ".join(said)
     if case.names_taken:
         case.not_ready("NameTaken", message)
-        case.look_again_after = TAKEN
+        case.look_again_after = min(TAKEN, case.look_again_after or TAKEN)
     elif allowed < replicas:
         case.not_ready("NodeCountLimit", message)
     elif ready < replicas or outdated:
@@ -242,13 +248,19 @@ def _trouble(workspace: Object) -> str:
 
 
 def serves(workspace: Object) -> bool:
-    """Whether a Workspace serves what it asks for now: a condition about an earlier generation says nothing."""
+    """Whether a Workspace serves what it asks for now: a condition about an earlier generation, or about other annotations, says
+    nothing."""
     generation = workspace["metadata"].get("generation")
-    return not _leaving(workspace) and any(
-        c["type"] == conditions.INFERENCE_READY
-        and c["status"] == "True"
-        and c.get("observedGeneration") in (None, generation)
-        for c in _conditions(workspace)
+    about = (workspace.get("status") or {}).get("serving") or {}
+    return (
+        not _leaving(workspace)
+        and about.get("annotations", "") == served_by(workspace)
+        and any(
+            c["type"] == conditions.INFERENCE_READY
+            and c["status"] == "True"
+            and c.get("observedGeneration") in (None, generation)
+            for c in _conditions(workspace)
+        )
     )
 
 
@@ -382,11 +394,15 @@ def _leaving(workspace: Object) -> bool:
     return "deletionTimestamp" in workspace["metadata"]
 
 
-def _template_of(wanted: InferenceSet) -> str:
+def _template_of(wanted: InferenceSet, config: str) -> str:
     """What a Workspace of the present template has in the annotation `TEMPLATE`. Fields at their defaults are not in it: a
     default that a later version adds changes nothing."""
     replica = wanted.replica("").to_object()
-    parts = {"resource": replica.get("resource", {}), "inference": replica["inference"]}
+    parts = {
+        "resource": replica.get("resource", {}),
+        "inference": replica["inference"],
+        **({CONFIG: config} if config else {}),
+    }
     return json.dumps({**wanted.spec.template.metadata.to_object(), **parts}, sort_keys=True, separators=(",", ":"))
 
 

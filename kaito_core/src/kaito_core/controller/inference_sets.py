@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kaito_core.api import labels
+from kaito_core.controller.configs import Configs
 from kaito_core.controller.decide_set import (
     ObservedSet,
     SetDecision,
@@ -66,6 +67,7 @@ class InferenceSetController:
         self._services = Reflector(client, SERVICES, namespace, **ours)
         self.reflectors = [self._services, self._workspaces, self._sets]
         self._seen = Seen({INFERENCE_SETS: self._sets})
+        self._configs = Configs(client)
         self._recorder = Recorder(client, "kaito-controller")
         self._loop: Controller | None = None
 
@@ -116,13 +118,13 @@ class InferenceSetController:
         if inference_set is None:
             return Result()
         try:
-            decision = decide_set(inference_set, self._cached(namespace, name))
+            decision = decide_set(inference_set, self._cached(inference_set))
             if decision.acts:
                 now = self._client.get(INFERENCE_SETS, name, namespace)
                 if now is None:
                     return Result()
                 inference_set = now
-                decision = decide_set(inference_set, self._live(namespace, name))
+                decision = decide_set(inference_set, self._live(inference_set))
             self._act(inference_set, decision)
             return Result(decision.look_again_after)
         except (Conflict, AlreadyExists):
@@ -131,14 +133,22 @@ class InferenceSetController:
             self._say(inference_set, e)
             raise
 
-    def _cached(self, namespace: str, name: str) -> ObservedSet:
+    def _cached(self, inference_set: Object) -> ObservedSet:
+        namespace, name = inference_set["metadata"]["namespace"], inference_set["metadata"]["name"]
         workspaces = self._workspaces.indexed(namespace, name)
-        return ObservedSet(self._clock(), tuple(workspaces), self._services.get(name, namespace))
+        return self._observed(inference_set, workspaces, self._services.get(name, namespace))
 
-    def _live(self, namespace: str, name: str) -> ObservedSet:
+    def _live(self, inference_set: Object) -> ObservedSet:
         """All Workspaces of the namespace: one of ours may have lost its label, and somebody else's may have our name."""
+        namespace, name = inference_set["metadata"]["namespace"], inference_set["metadata"]["name"]
         workspaces, _ = self._client.list(WORKSPACES, namespace)
-        return ObservedSet(self._clock(), tuple(workspaces), self._client.get(SERVICES, name, namespace))
+        return self._observed(inference_set, workspaces, self._client.get(SERVICES, name, namespace))
+
+    def _observed(self, inference_set: Object, workspaces: Iterable[Object], service: Object | None) -> ObservedSet:
+        inference = ((inference_set.get("spec") or {}).get("template") or {}).get("inference") or {}
+        named = inference.get("config")
+        config = self._configs.digest(named, inference_set["metadata"]["namespace"]) if named else ""
+        return ObservedSet(self._clock(), tuple(workspaces), service, config)
 
     def _act(self, inference_set: Object, decision: SetDecision) -> None:
         namespace = inference_set["metadata"]["namespace"]

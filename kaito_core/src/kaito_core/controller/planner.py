@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from kaito_core.api import InferenceSpec, TuningSpec, Workspace, labels, read_workspace
 from kaito_core.controller.act import ask
+from kaito_core.controller.configs import Configs
 from kaito_core.controller.reconcile.decision import Ensure
 from kaito_core.controller.reconcile.observed import Planned, Refusal
 from kaito_core.kube.errors import Forbidden, Unreachable
-from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, Object
+from kaito_core.kube.kinds import SECRETS, Object
 from kaito_core.models.presets import Reader, named_models, with_models
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import BUILT_IN_CONFIGS, CONFIG_KEY, Catalog, Plan, Registry, plan, requirements
@@ -120,9 +121,11 @@ class Planner:
         plugins: PluginManager,
         provisioners: Mapping[str, NodeProvisioner],
         images: Collection[str] | None = None,
+        configs: Configs | None = None,
     ) -> None:
         """``images`` are the runtimes that there is an image for; None: all of them."""
         self._client = client
+        self._configs = configs or Configs(client)
         self._plugins = plugins
         self._registry: Registry = plugins if images is None else WithImages(plugins, images)
         self._provisioners = provisioners
@@ -140,7 +143,7 @@ class Planner:
         part: TuningSpec | InferenceSpec | None = workspace.inference if serving else workspace.tuning
         named = part.config if part else ""
         if named:
-            found = self._client.get(CONFIG_MAPS, named, workspace.namespace)
+            found = self._configs.fresh(named, workspace.namespace)
             if found is None and named not in (*BUILT_IN_CONFIGS, *BUILT_IN_SERVING):
                 return _refused("ConfigMapMissing", [_no_config_map(named, workspace.namespace, serving=serving)])
             if found is not None:

@@ -18,7 +18,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kaito_core.api import conditions, labels
+from kaito_core.api.inference_set import TEMPLATE, config_of
 from kaito_core.controller.act import Actor, ask
+from kaito_core.controller.api_keys import lock_of
+from kaito_core.controller.configs import Configs
 from kaito_core.controller.following import Following
 from kaito_core.controller.forsaken import Forsaken
 from kaito_core.controller.loop import Controller, Result
@@ -52,6 +55,7 @@ from kaito_core.kube.workqueue import WorkQueue
 from kaito_core.plugins.types import Held
 from kaito_core.problems import Failure
 from kaito_core.serving.activator import Activator
+from kaito_core.serving.activator_gate import Lock
 from kaito_core.workloads.endpoint import headless_name, mounts_images, routed, slice_name
 
 if TYPE_CHECKING:
@@ -116,14 +120,16 @@ class WorkspaceController:
         self._pod_ip = pod_ip
         self._image_volumes = settings.image_volumes
         self._version: tuple[int, int] | None = None
-        self._activator = Activator("", self._woken, ports=ACTIVATOR_PORTS) if pod_ip else None
+        self._activator = Activator("", self._woken, lock=self._lock_of, ports=ACTIVATOR_PORTS) if pod_ip else None
         self._wakes: dict[tuple[str, str], float] = {}
         self._optional: list[Reflector] = []
         for provisioner in self._provisioners.values():
             caches = watching(client, provisioner.watches, self._bought_changed)
             self._optional += caches.values()
             provisioner.attach(ClusterView(client, {NODES: self._nodes, **caches}))
-        self._planner = Planner(client, plugins, self._provisioners, {"transformers", *settings.runtime_images})
+        self._configs = Configs(client)
+        images = {"transformers", *settings.runtime_images}
+        self._planner = Planner(client, plugins, self._provisioners, images, self._configs)
         self._recorder = Recorder(client, "kaito-controller")
         self._actor = Actor(client, self._seen, self._recorder, self._tell)
         self._following = Following(client, self._pods.list, self._pod_moved)
@@ -237,6 +243,11 @@ class WorkspaceController:
         self._wakes[key] = self._clock()
         self.queue.add(key)
 
+    def _lock_of(self, key: tuple[str, str]) -> Lock:
+        """What API key a request has to bring that wakes this endpoint."""
+        namespace, name = key
+        return lock_of(self._client, self._workspaces.get(name, namespace))
+
     def _demand(self, workspace: Object) -> bool:
         """Whether somebody asks for its endpoint now: a request that waits, or the annotation of whoever is about to send one. What
         has been answered meanwhile counts a little longer: the pod that did so has not said yet that it is busy."""
@@ -332,11 +343,24 @@ class WorkspaceController:
         case = Case(workspace, observed, self._world)
         if case.serves and self._activator is not None:
             observed = replace(observed, activator=(self._pod_ip, self._activator.listen((namespace, name))))
+        if case.serves:
+            observed = replace(observed, config=self._config(workspace))
+            case = Case(workspace, observed, self._world)
         if needs_plan(case):
             mounts = case.serves and self._image_volumes and mounts_images(self._server_version(), self._nodes.list())
             planned = self._planner(workspace, serving=case.serves)
             observed = replace(observed, planned=planned, mounts_images=mounts)
+            if case.serves:  # planning has looked at it anew
+                observed = replace(observed, config=self._config(workspace))
         return observed
+
+    def _config(self, workspace: Object) -> str:
+        """What its settings are. To a replica of an InferenceSet its set says when it shall have others."""
+        metadata, named = workspace["metadata"], (workspace.get("inference") or {}).get("config")
+        template = (metadata.get("annotations") or {}).get(TEMPLATE)
+        if template is not None:
+            return config_of(template)
+        return self._configs.digest(named, metadata["namespace"]) if named else ""
 
     def _say(self, workspace: Object, error: Failure) -> None:
         """What the API server refused belongs where the user looks, not only into our log."""

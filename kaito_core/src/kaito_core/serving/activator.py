@@ -28,6 +28,7 @@ from typing import Any, Final, TypeVar
 from kaito_core.problems import Failure
 from kaito_core.serving.activator_client import Client, Held
 from kaito_core.serving.activator_endpoint import Endpoint, Key
+from kaito_core.serving.activator_gate import Gate, Lock
 from kaito_core.serving.activator_http import PIECE, Limits, host_and_port
 from kaito_core.serving.activator_requests import converse
 
@@ -56,8 +57,8 @@ class Activator:
 
     ``host`` is the address to listen on, empty for all; ``ports`` those that may be used, by default whatever the system gives.
     A port is not used again before all others were, since a Service may still send requests to its old one for some seconds:
-    let ``ports`` have many more than there are endpoints. ``wake`` is called in a thread of its own. A request waits for
-    ``patience`` seconds at most, ``waiting`` of them per endpoint.
+    let ``ports`` have many more than there are endpoints. ``wake`` is called in a thread of its own, and so is ``lock``, which says
+    what API key an endpoint asks for. A request waits for ``patience`` seconds at most, ``waiting`` of them per endpoint.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class Activator:
         host: str,
         wake: Callable[[Key], None],
         *,
+        lock: Callable[[Key], Lock] = lambda key: Lock(),
         ports: range | None = None,
         patience: float = 600.0,
         waiting: int = 1000,
         limits: Limits | None = None,
     ) -> None:
-        self._host, self._wake, self._ports = host, wake, ports
+        self._host, self._wake, self._lock_of, self._ports = host, wake, lock, ports
         self._patience, self._most, self._limits = patience, waiting, limits or Limits()
         self._held = Held(self._limits.held)
         self._next_port = 0
@@ -185,7 +187,8 @@ class Activator:
 
     def _endpoint(self, key: Key) -> Endpoint:
         if key not in self._endpoints:
-            self._endpoints[key] = Endpoint(key, self._wakes.put, self._most, self._limits)
+            gate = Gate(partial(self._lock_of, key))
+            self._endpoints[key] = Endpoint(key, self._wakes.put, gate, self._most, self._limits)
         return self._endpoints[key]
 
     async def _listen(self, key: Key) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kaito_core.serving.activator_http import Limits
 from kaito_core.serving.errors import HttpError
+
+if TYPE_CHECKING:
+    from kaito_core.serving.activator_gate import Gate
 
 Key = tuple[str, str]
 """Namespace and name."""
@@ -41,8 +44,8 @@ class Waiter:
 class Endpoint:
     """What is known of one endpoint, and who waits for it. Belongs to the loop."""
 
-    def __init__(self, key: Key, wake: Callable[[Key], None], most: int, limits: Limits) -> None:
-        self.key = key
+    def __init__(self, key: Key, wake: Callable[[Key], None], gate: Gate, most: int, limits: Limits) -> None:
+        self.key, self.gate = key, gate
         self.address = ""
         """Empty while it is not ready."""
         self.words = ""

@@ -72,13 +72,14 @@ async def _one(
     body = Body(held, limits.body)
     exchange = Exchange(client, request, body, endpoint, patience, limits)
     answering = asyncio.create_task(exchange.run())
-    listening = asyncio.create_task(client.take_in(body))
+    listening = asyncio.create_task(_listen(client, exchange, body))
     try:
         await asyncio.wait({answering, listening}, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
             listening.result()
             raise ClientGone
         answering.result()
+        exchange.admitted.set()
         if client.http.our_state is h11.DONE and not body.complete:
             rest = asyncio.create_task(body.rest())
             await asyncio.wait({rest, listening}, timeout=LINGER, return_when=asyncio.FIRST_COMPLETED)
@@ -88,6 +89,12 @@ async def _one(
         await _end(answering)
         await _end(listening)
         body.close()
+
+
+async def _listen(client: Client, exchange: Exchange, body: Body) -> None:
+    """Nobody is told to go on with a body before it is known that he may come in."""
+    await exchange.admitted.wait()
+    await client.take_in(body)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -108,8 +115,10 @@ async def _try_to_answer(client: Client, e: Unserved) -> None:
 
 
 async def _answer(client: Client, e: Unserved, *, close: bool) -> None:
-    again: Headers = [(b"Retry-After", str(e.again).encode())] if e.again is not None else []
-    await client.answer(e.status, _json(e.body), JSON, again, close=close)
+    more: Headers = [(b"Retry-After", str(e.again).encode())] if e.again is not None else []
+    if e.status == 401:
+        more.append((b"WWW-Authenticate", b"Bearer"))
+    await client.answer(e.status, _json(e.body), JSON, more, close=close)
 
 
 class Exchange:
@@ -124,6 +133,9 @@ class Exchange:
         self._deadline = self._loop.time() + patience
         self._target = path_of(request.target) or b"/"
         self._path = self._target.partition(b"?")[0].decode("latin-1")
+        self.admitted = asyncio.Event()
+        """Set when the request may wait, or is handed on."""
+        self._let_in = False
         self._waited = False
         self._failed = ""
         """The address where the last try failed."""
@@ -152,8 +164,11 @@ class Exchange:
                 await _answer(self._client, e, close=bool(self._endpoint.closing))
 
     async def _serve(self) -> None:
-        if not self._endpoint.address and (gone := self._endpoint.gone()):
-            raise gone
+        if not self._endpoint.address:
+            await self._check_key()
+            if gone := self._endpoint.gone():
+                raise gone
+        self.admitted.set()
         lost, pause = 0, FIRST_PAUSE
         while True:
             address = await self._until_ready()
@@ -181,6 +196,7 @@ class Exchange:
         endpoint = self._endpoint
         if endpoint.address and not self._failed:
             return endpoint.address
+        await self._check_key()
         with endpoint.waiting(again=self._waited) as waiter:
             self._waited = True
             self._body.at_end = waiter.changed.set
@@ -202,6 +218,12 @@ class Exchange:
                         await waiter.changed.wait()
                 except TimeoutError:
                     pass
+
+    async def _check_key(self) -> None:
+        """Who has no key wakes nobody. Where there is a pod, it is the pod that asks for it."""
+        if not self._let_in:
+            await self._endpoint.gate.let_in(self._request.headers)
+            self._let_in = True
 
     @property
     def _words(self) -> str:

@@ -11,6 +11,10 @@ from typing import Final
 
 from kaito_core.problems import UserError
 
+REFUSAL: Final = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+CODE: Final = "invalid_api_key"
+"""What a request without the key is told, with status 401."""
+
 LOOK_EVERY: Final = 1.0
 """Seconds between two looks whether the file has changed: a Secret that is replaced is used without a new start."""
 
@@ -32,11 +36,8 @@ class ApiKey:
 
     def opens(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """Whether these headers hold ``Authorization: Bearer KEY``."""
-        given = next((value for name, value in headers if name.lower() == b"authorization"), b"")
-        scheme, _, token = given.partition(b" ")
-        # Compared also where the scheme is wrong: the time taken must tell nothing.
-        same = hmac.compare_digest(token.strip(), self._current())
-        return same and scheme.lower() == b"bearer"
+        # Compared also where there is none: the time taken must tell nothing.
+        return hmac.compare_digest(bearer(headers), self._current())
 
     def _current(self) -> bytes:
         now = time.monotonic()
@@ -49,6 +50,13 @@ class ApiKey:
             except OSError:
                 pass  # being replaced, or gone: the last key stays the key
         return self._key
+
+
+def bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The key that these headers bring; empty when they bring none."""
+    given = next((value for name, value in headers if name.lower() == b"authorization"), b"")
+    scheme, _, token = given.partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 _REMEDY = "create the Secret with the key in it, or take away what asks for one"

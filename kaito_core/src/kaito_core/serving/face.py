@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from kaito_core.serving import asgi, chat
 from kaito_core.serving.activity import Activity
-from kaito_core.serving.api_key import ApiKey
+from kaito_core.serving.api_key import CODE, REFUSAL, ApiKey
 from kaito_core.serving.asgi import Answer, App, Message, Receive, Scope, Send, Watched
 from kaito_core.serving.errors import HttpError, read_object
 from kaito_core.serving.metrics import CONTENT_TYPE, Metrics
@@ -111,8 +111,8 @@ class Face:
             return
         raise HttpError(
             401,
-            "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
+            REFUSAL,
+            code=CODE,
             headers={"www-authenticate": "Bearer"},
         )
 

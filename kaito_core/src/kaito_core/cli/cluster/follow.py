@@ -16,6 +16,7 @@ from kaito_core.cli.cluster.pod_log import Logs, NewestPod, answering, passing, 
 from kaito_core.cli.cluster.workspace import (
     current_conditions,
     holds_machines,
+    is_settled,
     is_tuned,
     message,
     news,
@@ -52,6 +53,7 @@ def follow(
     *,
     until_released: bool = False,
     refused: str = "",
+    config: str = "",
     reached: Callable[[Object], None] = lambda workspace: None,
     look: float = LOOK,
     say: Callable[[str], None] | None = None,
@@ -60,7 +62,7 @@ def follow(
 
     With ``until_released`` it goes on until its machines were given back, and for what is served all the time until somebody ends this;
     ``reached`` is told when it is as far as it shall be. ``refused`` is why it was refused before this: that is no end until the controller
-    has looked again. Failure when it is deleted meanwhile. Trouble on the way to the API server is said and waited out."""
+    has looked again; ``config`` is the digest of the settings that it shall be served with. Failure when it is deleted meanwhile. Trouble on the way to the API server is said and waited out."""
     tell = say or (lambda text: follower.say(f"  {click.style(text, dim=True)}"))
     log: NewestPod | None = None
     seen: Object | None = None
@@ -95,6 +97,8 @@ def follow(
             if pod is not None and log is not None:
                 tell(f"pod {pod['metadata']['name']}" + (", in place of the one before" if len(log.seen) > 1 else ""))
             end = succeeded(workspace)
+            if end and not is_settled(workspace, config):
+                end = None
             if end is False and refused and refusal(workspace) == refused and time.monotonic() < looked:
                 end = None
             if end and not told:

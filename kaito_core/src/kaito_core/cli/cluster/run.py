@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from kaito_core.cli.cluster.follow import failure, follow, where
 from kaito_core.cli.cluster.workspace import (
     holds_machines,
     is_off,
+    is_settled,
     is_trained,
     is_tuned,
     phase,
@@ -34,7 +35,8 @@ from kaito_core.cli.given import Given, plan_of, read
 from kaito_core.cli.run import at_terminal, refuse
 from kaito_core.cli.show import duration
 from kaito_core.cli.target import Target, connected, obstacle, readiness
-from kaito_core.kube.kinds import WORKSPACES, Object
+from kaito_core.controller.configs import digest
+from kaito_core.kube.kinds import CONFIG_MAPS, WORKSPACES, Object
 from kaito_core.planning.choice import is_free, money
 from kaito_core.planning.plan import Plan, TuningPlan
 from kaito_core.plugins.manager import load_plugins
@@ -75,7 +77,7 @@ def run_in_cluster(
     if serve:
         wanted = [served_after_tuning(one) for one in wanted]
     workspaces = [o for o in try_out(client, wanted) if o["kind"] == "Workspace"]
-    run = _Run(client, workspaces, target.options, again, standalone)
+    run = _Run(client, workspaces, _settings(given), target.options, again, standalone)
     if all(run.is_applied(w) and run.is_over(w) and succeeded(w) for w in workspaces):
         for each in workspaces:
             run.say_done(each)
@@ -108,6 +110,16 @@ def _names(given: Sequence[Given], *, standalone: bool) -> list[str]:
             field="--standalone",
         )
     return [g.workspace.name for g in given]
+
+
+def _settings(given: Sequence[Given]) -> dict[str, Mapping[str, str]]:
+    """The ConfigMaps of the files that endpoints of the files are configured with, by the title of their Workspace."""
+    found = {}
+    for each in given:
+        named = each.workspace.inference.config if each.workspace.inference else ""
+        if named in each.config_maps:
+            found[f"{each.workspace.namespace}/{each.workspace.name}"] = each.config_maps[named]
+    return found
 
 
 # --- before anything is changed
@@ -185,6 +197,8 @@ class _Run:
 
     client: Client
     workspaces: Sequence[Object]
+    settings: Mapping[str, Mapping[str, str]]
+    """What the files say of how they are served, by their title."""
     options: str
     """What other commands need to be told to find this cluster."""
     again: str
@@ -201,13 +215,24 @@ class _Run:
         return before is not None and before["metadata"]["generation"] == workspace["metadata"]["generation"]
 
     def is_applied(self, workspace: Object) -> bool:
-        """The same, and its annotations are the same too."""
+        """The same, and its annotations and its settings are the same too."""
         before = self._before(workspace)
         return (
             before is not None
             and self.is_there(workspace)
             and (before["metadata"].get("annotations") or {}) == (workspace["metadata"].get("annotations") or {})
+            and self._has_settings(workspace)
         )
+
+    def _has_settings(self, workspace: Object) -> bool:
+        """Whether the cluster's ConfigMap says what the file's does."""
+        if title(workspace) not in self.settings:
+            return True
+        there = self.client.get(CONFIG_MAPS, workspace["inference"]["config"], workspace["metadata"]["namespace"])
+        return there is not None and digest(there.get("data") or {}) == self._config(workspace)
+
+    def _config(self, workspace: Object) -> str:
+        return digest(self.settings.get(title(workspace)))
 
     def _before(self, workspace: Object) -> Object | None:
         metadata = workspace["metadata"]
@@ -215,7 +240,8 @@ class _Run:
 
     def is_over(self, workspace: Object) -> bool:
         """Whether nothing is left to be done for it, by whoever looks after it in this run."""
-        return succeeded(workspace) is not None and not (self.standalone and holds_machines(workspace))
+        over = succeeded(workspace) is not None and is_settled(workspace, self._config(workspace))
+        return over and not (self.standalone and holds_machines(workspace))
 
     def delete(self, workspace: Object) -> str:
         """The command that deletes it."""
@@ -279,6 +305,7 @@ class _Run:
                 namespace,
                 follower,
                 until_released=self.standalone,
+                config=self._config(workspace),
                 refused="" if phase(workspace) == "Failed" or is_tuned(workspace) else refusal(workspace),
                 reached=self._result if self.standalone else lambda _: None,
             )

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from kaito_core.api import conditions, labels
 from kaito_core.controller.reconcile.observed import WAITING
-from kaito_core.controller.reconcile.revisions import hash_of
+from kaito_core.controller.reconcile.revisions import hash_of, served_by
 from kaito_core.kube.kinds import Object
 
 SHOWN: Final = (
@@ -49,6 +49,15 @@ def succeeded(workspace: Object) -> bool | None:
                 return True
             return False if condition.get("reason") in _FINAL else None
     return None
+
+
+def is_settled(workspace: Object, config: str = "") -> bool:
+    """Whether what it says of its endpoint is about its present annotations, and about the settings of this
+    `kaito_core.controller.configs.digest` (empty: any). While nothing runs, neither matters."""
+    serving = workspace.get("status", {}).get("serving") or {}
+    if phase(workspace) not in ("Starting", "Ready"):
+        return True
+    return serving.get("annotations", "") == served_by(workspace) and config in ("", serving.get("config", ""))
 
 
 def is_tuned(workspace: Object) -> bool:

@@ -81,6 +81,8 @@ class Observed:
     """Where requests are held while there is no pod; None where nobody holds them."""
     mounts_images: bool = False
     """Whether a pod may have a volume that is an image."""
+    config: str = ""
+    """What the settings are that the endpoint is served with (`kaito_core.controller.configs.digest`); empty for the defaults."""
     demand: bool = False
     """Whether requests wait there, or have just come."""
     nodes: Mapping[str, Object | None] = field(default_factory=dict)

@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from kaito_core.api import labels
+from kaito_core.api.inference_set import TEMPLATE, config_of
 from kaito_core.kube.kinds import REVISIONS, Object, owner_reference
 from kaito_core.workloads.kubernetes import Revision
 
@@ -70,3 +72,17 @@ def _object(workspace: Object, revision: Revision) -> Object:
         "revision": revision.number,
         "data": {part: workspace[part] for part in PARTS if part in workspace},
     }
+
+
+SERVED_BY: Final = (labels.RUNTIME, labels.API_KEY_SECRET)
+"""The annotations that an endpoint is made from."""
+
+
+def served_by(workspace: Object) -> str:
+    """Twelve hexadecimal characters that say what a Workspace has of these annotations, and which settings its InferenceSet gives it;
+    empty when there is nothing of that."""
+    given = workspace["metadata"].get("annotations") or {}
+    found = {name: given[name] for name in SERVED_BY if name in given}
+    if config := config_of(given.get(TEMPLATE, "")):
+        found[TEMPLATE] = config
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12] if found else ""

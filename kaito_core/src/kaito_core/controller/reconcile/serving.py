@@ -24,6 +24,7 @@ from kaito_core.controller.reconcile.diagnosis import Trouble, latest, trouble
 from kaito_core.controller.reconcile.machines import machines_are_there
 from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
 from kaito_core.controller.reconcile.outcome import PATIENCE, pays_for_nothing, release
+from kaito_core.controller.reconcile.revisions import served_by
 from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, PODS, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Plan
 from kaito_core.planning.serving import ServingPlan, TemplatePlan
@@ -46,6 +47,9 @@ RETRY = 300.0
 
 RETRY_ON_DEMAND = 25.0
 """The same where somebody asks again: the activator does every 30 seconds while requests come."""
+
+CONFIG_CHECK = 30.0
+"""Seconds between looks whether the ConfigMap of an endpoint has changed, which nobody watches."""
 
 REFUSED = 60.0
 """Seconds until it is looked again whether an endpoint that cannot be planned can be."""
@@ -73,6 +77,7 @@ def serve(case: Case) -> None:
     else:
         _sleep(case)
     _show(case)
+    _say_what_it_is_served_by(case)
 
 
 def needs_serving_plan(case: Case) -> bool:
@@ -94,6 +99,15 @@ def retire(case: Case) -> None:
             "nobody here holds the first request: the controller does not run in the cluster; use `policy: always`"
         )
         case.set(conditions.INFERENCE_READY, "False", "NoActivator", message)
+
+
+def _say_what_it_is_served_by(case: Case) -> None:
+    """What the conditions are about: no generation tells that the settings or the annotations have changed."""
+    serving = case.status.get("serving") or {}
+    for name, said in (("config", case.observed.config), ("annotations", served_by(case.workspace))):
+        serving.pop(name, None)
+        if serving and said:
+            serving[name] = said
 
 
 def _phase(case: Case) -> str:
@@ -158,6 +172,8 @@ def _stop(case: Case) -> None:
 
 def _run(case: Case) -> None:
     """Get machines and pods, and see whether they answer."""
+    if (case.workspace.get("inference") or {}).get("config"):
+        case.look_again(CONFIG_CHECK)
     there = case.observed.stateful_set
     if there is None or not _is_current(case):
         _start(case)
@@ -211,6 +227,8 @@ def _take_old_ones_away(case: Case) -> None:
 
 def _start(case: Case) -> None:
     if not _accepted(case):
+        if case.observed.stateful_set is not None:
+            _falls_asleep(case)
         return
     plan = case.observed.planned.plan
     assert plan is not None
@@ -237,7 +255,8 @@ def _accepted(case: Case) -> bool:
     if case.set(conditions.ACCEPTED, "False", planned.refusal or "PlanRefused", message):
         case.note("Warning", planned.refusal or "PlanRefused", message)
     case.waiting(message)
-    case.endpoint = Endpoint(words=message, refused=True)
+    still = _answering(case, as_it_was=True)
+    case.endpoint = Endpoint(address=still) if still else Endpoint(words=message, refused=True)
     if case.attempt is not None and case.observed.stateful_set is None:
         give_up(case, "Refused", message)
     case.look_again(REFUSED)
@@ -297,6 +316,8 @@ def serving_hash(case: Case) -> str:
         "runtime": annotations.get(labels.RUNTIME),
         "key": annotations.get(labels.API_KEY_SECRET),
     }
+    if case.observed.config:
+        parts["config"] = case.observed.config
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -307,15 +328,15 @@ def _is_current(case: Case) -> bool:
     return bool((there["metadata"].get("annotations") or {}).get(labels.REVISION_HASH) == serving_hash(case))
 
 
-def _answering(case: Case) -> str:
-    """Where the endpoint answers: its first pod, in its present form; empty when it does not."""
+def _answering(case: Case, *, as_it_was: bool = False) -> str:
+    """Where the endpoint answers: its first pod, in its present form, or in any; empty when it does not."""
     wanted = serving_hash(case)
     for pod in sorted(case.observed.servers, key=lambda p: str(p["metadata"]["name"])):
         metadata, status = pod["metadata"], pod.get("status", {})
         ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in status.get("conditions", ()))
         current = (metadata.get("annotations") or {}).get(labels.REVISION_HASH) == wanted
         first = metadata["name"].endswith("-0")
-        if first and ready and current and "deletionTimestamp" not in metadata and status.get("podIP"):
+        if first and ready and (current or as_it_was) and "deletionTimestamp" not in metadata and status.get("podIP"):
             ip = status["podIP"]
             return f"http://[{ip}]:{PORT}" if ":" in ip else f"http://{ip}:{PORT}"
     return ""
