@@ -1,10 +1,11 @@
 """What it takes an endpoint in a cluster to answer the request that wakes it: on a node that has no image yet, and again on the same.
 
-    python benchmarks/start.py        (Linux, root, the programs of a real node, as `make test-node`)
+    python benchmarks/start.py [--vllm]        (Linux, root, the programs of a real node, as `make test-node`)
 
 Builds the images, starts a cluster with a real kubelet, installs kaito with Helm, and serves the demonstration model on demand. A pod
 asks, and streams; what happened when is read from its own clock, the kubelet's events and the containers' logs. The registry is on the
-same machine: over a network the image takes longer, by its 1.5 GB or so. About ten minutes.
+same machine: over a network the image takes longer. About ten minutes. ``--vllm`` serves with vLLM's build for CPUs in place of
+transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.cluster.system import REASON, System, running_system, values
+from tests.cluster.system import A10_LABELS, REASON, System, gpu_node, running_system, values
 
 ASK = """
 import json, sys, time, urllib.request as r
@@ -38,8 +39,13 @@ def main() -> int:
     if REASON:
         print(f"cannot be measured here: {REASON}", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory(prefix="kaito-bench-") as folder, running_system(Path(folder)) as system:
+    vllm = "--vllm" in sys.argv[1:]
+    with (
+        tempfile.TemporaryDirectory(prefix="kaito-bench-") as folder,
+        running_system(Path(folder), vllm=vllm) as system,
+    ):
         install(system)
+        gpu_node(system, "a10", A10_LABELS)
         serve(system)
         first = started(system, "first")
         system.until("the endpoint asleep", lambda: phase(system) == "Asleep", 400)
@@ -59,9 +65,14 @@ def install(system: System) -> None:
 
 
 def serve(system: System) -> None:
-    inference = {"preset": {"name": "demo-phi-3"}, "policy": "onDemand", "idleAfter": "20s"}
-    resource = {"labelSelector": {"matchLabels": {"app": "tuning-phi-3"}}}
+    inference: dict[str, object] = {"preset": {"name": "demo-phi-3"}, "policy": "onDemand", "idleAfter": "20s"}
+    resource = {"labelSelector": {"matchLabels": {"app": A10_LABELS["app"]}}}
     head = {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": "served"}}
+    if system.runtime_images:
+        inference["config"] = "settings"
+        data = {"inference_config.yaml": "vllm: {kv-cache-memory-bytes: 64M, max-num-seqs: 8}"}
+        settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": data}
+        system.kubectl("apply", "-f", "-", stdin=json.dumps(settings))
     system.kubectl("apply", "-f", "-", stdin=json.dumps({**head, "resource": resource, "inference": inference}))
     system.until("the endpoint asleep", lambda: phase(system) == "Asleep")
 
@@ -85,7 +96,7 @@ def started(system: System, name: str) -> dict[str, float]:
     begin, end = (at(pod["status"]["initContainerStatuses"][i]["state"]["terminated"][k])
                   for i, k in ((0, "startedAt"), (-1, "finishedAt")))  # fmt: skip
     # Kubernetes rounds its times down to seconds; the logs' are exact.
-    served = logged(system, main, r"serving .* on port")
+    served = logged(system, main, r"serving .* on port|Application startup complete")
     begin = max(begin, logged(system, stages[0], r'"event": "started"'))
     end = max(end, logged(system, stages[-1], r'"event": "finished"'))
     pulled = pull_seconds(system, pod["metadata"]["name"])
@@ -93,7 +104,7 @@ def started(system: System, name: str) -> dict[str, float]:
         "from the request to the first container, without the image": begin - said["asked"] - pulled,
         "image": pulled,
         f"files and their check ({', '.join(stages)})": end - begin,
-        "server: imports, weights, first try": served - end,
+        "server: imports, weights, first computation": served - end,
         "readiness, activator, first token": said["token"] - served,
         "altogether": said["token"] - said["asked"],
     }

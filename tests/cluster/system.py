@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from kaito_core import __version__
 from kaito_core.testing.cluster import Cluster, running_cluster, why_no_cluster
 from kaito_core.testing.registry import Registry, running_registry, why_no_registry
 from tests.cluster.images import build, buildah, flags, vllm_base, why_no_images
@@ -45,6 +46,16 @@ GPU_LABELS = {
     "nvidia.com/gpu.compute.major": "7",
     "nvidia.com/gpu.compute.minor": "0",
 }
+A10_LABELS = {
+    **GPU_LABELS,
+    "app": "a10",
+    "node.kubernetes.io/instance-type": "Standard_NV36ads_A10_v5",
+    "nvidia.com/gpu.product": "NVIDIA-A10",
+    "nvidia.com/gpu.memory": "24512",
+    "nvidia.com/gpu.compute.major": "8",
+    "nvidia.com/gpu.compute.minor": "6",
+}
+"""vLLM no longer knows the V100 of the quick start."""
 MACHINE = "machine.test"
 """This machine, as pods call it."""
 CLASS = "test-disk"
@@ -71,6 +82,8 @@ class System:
     files: str
     """The URL of ``folder/files``, as pods see it."""
     commands: dict[str, str] = field(default_factory=dict)
+    runtime_images: dict[str, str] = field(default_factory=dict)
+    """Of the runtimes that have one of their own."""
 
     @property
     def port(self) -> str:
@@ -243,6 +256,7 @@ def running_system(folder: Path, *, vllm: bool = False) -> Iterator[System]:
     (folder / "files" / "small.jsonl").write_text(rows(60), encoding="utf-8")
     (folder / "files" / "long.jsonl").write_text(rows(400), encoding="utf-8")
     (folder / "files" / "bad.jsonl").write_text('{"instruction": "an answer is missing"}\n' * 20, encoding="utf-8")
+    runtimes: dict[str, str] = {}
     for link in ("images", "charts"):
         (folder / link).symlink_to(ROOT / link)
     with ExitStack() as stack:
@@ -260,10 +274,11 @@ def running_system(folder: Path, *, vllm: bool = False) -> Iterator[System]:
             if vllm:
                 command = f"python3 images/build.py vllm --registry {registry.host}/kaito --push"
                 build(command, folder, on=vllm_base(folder))
+                runtimes["vllm"] = f"{registry.host}/kaito/kaito-vllm:{__version__}"
             _own_controller(commands["dockerfile"], registry, folder)
         cluster = stack.enter_context(running_cluster(node=True))
         cluster.trust(f"{MACHINE}:{registry.host.rpartition(':')[2]}")
-        found = System(cluster, registry, folder, files, commands)
+        found = System(cluster, registry, folder, files, commands, runtimes)
         _volumes(found)
         gpu_node(found, "gpu-1")
         yield found
@@ -316,9 +331,9 @@ def _volumes(system: System) -> None:
     system.kubectl("apply", "-f", "-", stdin="\n---\n".join(json.dumps(d) for d in disks))
 
 
-def gpu_node(system: System, name: str) -> None:
+def gpu_node(system: System, name: str, labels: dict[str, str] = GPU_LABELS) -> None:
     """A machine with a GPU joins; the taint keeps everybody else away from it, as on AKS."""
-    system.cluster.join(name, labels=GPU_LABELS, taints=["sku=gpu:NoSchedule"], gpus=1)
+    system.cluster.join(name, labels=labels, taints=["sku=gpu:NoSchedule"], gpus=1)
 
 
 def values(system: System) -> dict[str, Any]:
@@ -329,6 +344,7 @@ def values(system: System) -> dict[str, Any]:
             "controller": f"{system.registry.host}/kaito/my-controller:1",
             "pullSecrets": ["kaito-pull"],
         },
+        "serving": {"images": system.runtime_images},
         "checkpoints": {"storageClass": CLASS},
         "secretNamespaces": ["default"],
         "podEnv": {"KAITO_INSECURE_REGISTRIES": system.output, "KAITO_ALLOW_PRIVATE_ADDRESSES": "1"},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.system import END_TO_END, System, ask, gpu_node, running_system, said, values
+from tests.cluster.system import A10_LABELS, END_TO_END, System, ask, gpu_node, running_system, said, values
 
 ASKED = "KAITO_TEST_VLLM"
 pytestmark = [
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get(ASKED), reason=f"{ASKED} is not set: it takes minutes"),
 ]
 
+RESOURCE = {"labelSelector": {"matchLabels": {"app": "a10"}}}
 QUESTION = {"messages": [{"role": "user", "content": "Who bakes the bread?"}], "max_tokens": 16, "temperature": 0}
 
 
@@ -30,14 +31,11 @@ QUESTION = {"messages": [{"role": "user", "content": "Who bakes the bread?"}], "
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Installed, as docs/serving.md says it for vLLM."""
     with running_system(tmp_path_factory.mktemp("user"), vllm=True) as found:
-        given = values(found)
-        image = f"{found.registry.host}/kaito/kaito-vllm:0.1.0"
-        (found.folder / "kaito-values.yaml").write_text(
-            yaml.safe_dump({**given, "serving": {"images": {"vllm": image}}})
-        )
+        (found.folder / "kaito-values.yaml").write_text(yaml.safe_dump(values(found)), encoding="utf-8")
         for step in ("pull-secrets", "helm", "verify"):
             found.run(step)
         found.shell(found.commands["push-secret"].replace(found.registry.host, found.output))
+        gpu_node(found, "a10-1", A10_LABELS)
         yield found
 
 
@@ -64,10 +62,9 @@ def url(system: System, name: str, path: str = "/v1/chat/completions") -> str:
 
 def test_what_is_tuned_is_served_by_vllm_with_its_adapter(system: System) -> None:
     settings(system)
-    system.tune("my-adapter", "small.jsonl", **{"kaito.sh/serve-after-tuning": "always"})
-    system.kubectl(
-        "patch", "workspace", "my-adapter", "--type=merge", "-p", json.dumps({"inference": {"config": "settings"}})
-    )
+    system.tune("my-adapter", "small.jsonl", resource=RESOURCE, **{"kaito.sh/serve-after-tuning": "always"})
+    inference = json.dumps({"inference": {"config": "settings"}})
+    system.kubectl("patch", "workspace", "my-adapter", "--type=merge", "-p", inference)
     assert system.result("my-adapter")["status"]["state"] == "Succeeded", system.report()
     system.until("the endpoint", lambda: ready(system, "my-adapter"), 600)
     [pod] = system.pods("my-adapter")[-1:]
@@ -86,14 +83,14 @@ def test_what_is_tuned_is_served_by_vllm_with_its_adapter(system: System) -> Non
 
 def test_copies_on_two_machines_answer_and_come_back_together(system: System) -> None:
     """As far as vLLM's build for CPUs goes: it has copies on several machines, and computes nothing along a pipeline."""
-    gpu_node(system, "gpu-2")
+    gpu_node(system, "a10-2", A10_LABELS)
     settings(system, **{"data-parallel-size": 2})
-    resource = {"count": 2, "labelSelector": {"matchLabels": {"app": "tuning-phi-3"}}}
+    resource = {"count": 2, **RESOURCE}
     inference = {"preset": {"name": "demo-phi-3"}, "config": "settings"}
     head = {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": "two"}}
     system.kubectl("apply", "-f", "-", stdin=json.dumps({**head, "resource": resource, "inference": inference}))
     system.until("the endpoint", lambda: ready(system, "two"), 600)
-    assert {p["spec"]["nodeName"] for p in system.pods("two")} == {"gpu-1", "gpu-2"}
+    assert {p["spec"]["nodeName"] for p in system.pods("two")} == {"a10-1", "a10-2"}
     where = url(system, "two")
     assert ask(system, where, {"model": "demo-phi-3", **QUESTION})["status"] == 200
 

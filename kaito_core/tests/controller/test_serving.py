@@ -223,6 +223,12 @@ def test_what_cannot_be_served_any_more_goes_on_as_it_was_and_falls_asleep() -> 
     assert simulation.told is not None
     assert simulation.told.address, "the pod answers still"
     assert (ENDPOINT_SLICES, "one-activator") not in simulation.objects, "nobody gets a 503 in its place"
+    simulation.config = "aaa"
+    simulation.settle()
+    assert simulation.condition("Accepted")["status"] == "True", "it was taken back"
+    assert simulation.servers[0]["metadata"]["uid"] == before
+    simulation.config = "bbb"
+    simulation.settle()
     simulation.demand = False
     simulation.now += 2 * IDLE
     simulation.settle()

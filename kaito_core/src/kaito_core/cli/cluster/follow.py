@@ -62,7 +62,8 @@ def follow(
 
     With ``until_released`` it goes on until its machines were given back, and for what is served all the time until somebody ends this;
     ``reached`` is told when it is as far as it shall be. ``refused`` is why it was refused before this: that is no end until the controller
-    has looked again; ``config`` is the digest of the settings that it shall be served with. Failure when it is deleted meanwhile. Trouble on the way to the API server is said and waited out."""
+    has looked again; ``config`` is the digest of the settings that it shall be served with. Failure when it is deleted meanwhile. Trouble
+    on the way to the API server is said and waited out."""
     tell = say or (lambda text: follower.say(f"  {click.style(text, dim=True)}"))
     log: NewestPod | None = None
     seen: Object | None = None

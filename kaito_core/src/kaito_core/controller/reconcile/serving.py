@@ -178,6 +178,7 @@ def _run(case: Case) -> None:
     if there is None or not _is_current(case):
         _start(case)
         return
+    case.set(conditions.ACCEPTED, "True", "Planned", "")  # what was refused meanwhile has been taken back
     if not machines_are_there(case, STATEFUL_SETS, there, latest(case.observed.servers)):
         return
     replicas = int(there.get("spec", {}).get("replicas") or 1)
