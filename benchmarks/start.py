@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def serve(system: System) -> None:
         system.kubectl("apply", "-f", "-", stdin=json.dumps(settings))
     system.kubectl("apply", "-f", "-", stdin=json.dumps({**head, "resource": resource, "inference": inference}))
     system.until("the endpoint asleep", lambda: phase(system) == "Asleep")
+    time.sleep(10)  # until then kube-proxy may refuse what comes for a Service that is new
 
 
 def phase(system: System) -> str:
@@ -89,7 +91,10 @@ def started(system: System, name: str) -> dict[str, float]:
     system.kubectl("run", name, "--restart=Never", f"--image={image}", f"--overrides={json.dumps({'spec': spec})}",
                    "--command", "--", "python", "-c", ASK, f"http://{address}/v1/chat/completions")  # fmt: skip
     system.until("the answer", lambda: system.get("pod", name)["status"].get("phase") in ("Succeeded", "Failed"), 600)
-    said = json.loads(system.kubectl("logs", name).splitlines()[-1])
+    log = system.kubectl("logs", name)
+    if system.get("pod", name)["status"]["phase"] == "Failed":
+        raise RuntimeError(f"no answer: {log}\n{system.report()}")
+    said = json.loads(log.splitlines()[-1])
     (pod,) = system.pods("served")
     main = pod["spec"]["containers"][0]["name"]
     stages = [c["name"] for c in pod["spec"]["initContainers"]]

@@ -108,12 +108,13 @@ class Watched:
         self.status = 0
         self.ended = False
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
+        # No coroutine of its own: this is called for every token of a stream.
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif not message.get("more_body", False):
             self.ended = True
-        await self._send(message)
+        return self._send(message)
 
     @property
     def code(self) -> int:
