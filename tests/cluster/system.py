@@ -203,13 +203,21 @@ class System:
 
 
 ASK = """
-import json, sys, urllib.error, urllib.request
+import json, sys, time, urllib.error, urllib.request
 url, body, key = sys.argv[1:]
 headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-try:
-    answer = urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=600)
-except urllib.error.HTTPError as e:
-    answer = e
+for left in reversed(range(20)):
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=600)
+    except urllib.error.HTTPError as e:
+        answer = e
+    except urllib.error.URLError as e:
+        # A Service that was made a moment ago: kube-proxy refuses what comes for it until it has heard of its endpoints.
+        if not isinstance(e.reason, ConnectionRefusedError) or not left:
+            raise
+        time.sleep(1)
+        continue
+    break
 print(json.dumps({"status": answer.status, **json.loads(answer.read())}))
 """
 

@@ -291,6 +291,13 @@ def test_an_endpoint_whose_machine_is_lost_comes_back_on_another(system: System)
 
 
 def test_an_endpoint_with_a_key_wakes_for_those_who_have_it_and_follows_its_settings(system: System) -> None:
+    """Its adapter is fetched by an init container, as where nodes cannot mount images."""
+    values_file = system.folder / "kaito-values.yaml"
+    given = yaml.safe_load(values_file.read_text(encoding="utf-8"))
+    given["serving"]["imageVolumes"] = False
+    values_file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    system.run("helm")
+
     def settings(context: int) -> None:
         data = {"inference_config.yaml": f"transformers: {{max-model-len: {context}}}"}
         document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": data}
@@ -301,20 +308,24 @@ def test_an_endpoint_with_a_key_wakes_for_those_who_have_it_and_follows_its_sett
 
     settings(512)
     system.kubectl("create", "secret", "generic", "key", "--from-literal=api-key=sesame")
-    inference = {"preset": {"name": "demo-phi-3"}, "policy": "onDemand", "config": "settings"}
+    image = {"image": f"{system.output}/team/my-adapter:1", "imagePullSecrets": ["pods-login"]}
+    adapters = [{"source": {"name": "first", **image}}]
+    inference = {"preset": {"name": "demo-phi-3"}, "policy": "onDemand", "config": "settings", "adapters": adapters}
     metadata = {"name": "locked", "annotations": {"kaito.sh/api-key-secret": "key"}}
     system.kubectl("apply", "-f", "-", stdin=json.dumps({
         "apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": metadata,
         "resource": {"labelSelector": {"matchLabels": {"app": "tuning-phi-3"}}}, "inference": inference}))  # fmt: skip
     system.until("the endpoint asleep", lambda: phase() == "Asleep")
     url = f"http://{system.kubectl('get', 'svc', 'locked', '-o', 'jsonpath={.spec.clusterIPs[0]}')}/v1/chat/completions"
-    question = {"model": "demo-phi-3", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+    question = {"model": "first", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
     for wrong in ("", "guessed"):
         assert ask(system, url, question, wrong)["status"] == 401
     assert (phase(), system.pods("locked")) == ("Asleep", []), "no machine was got for them"
     assert ask(system, url, question, "sesame")["status"] == 200
     assert ask(system, url, question, "guessed")["status"] == 401, "now it is the pod that asks for it"
     [pod] = system.pods("locked")
+    assert not any("image" in v for v in pod["spec"]["volumes"])
+    assert "adapter 'first': " in system.kubectl("logs", pod["metadata"]["name"], "-c", "fetch")
     settings(256)
     system.until("the pod with the changed settings", lambda: [
         p for p in system.pods("locked") if p["metadata"]["uid"] != pod["metadata"]["uid"]], 120)  # fmt: skip

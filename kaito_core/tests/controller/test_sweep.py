@@ -11,7 +11,7 @@ import pytest
 from kaito_core.controller.reconcile.case import request_id
 from kaito_core.controller.sweep import SETTLED, Sweep
 from kaito_core.kube.kinds import Object
-from kaito_core.plugins.types import Held, NodeProvisioner, NodeRequest, NodeStatus, Offer, Requirements
+from kaito_core.plugins.types import Held, NodeProvisioner, NodeRequest, NodeStatus, NotAuthorized, Offer, Requirements
 
 OLD = SETTLED + 1
 ENDED = {"started": "2026-01-01T00:00:00Z", "ended": "2026-01-01T01:00:00Z", "reason": "Succeeded"}
@@ -102,6 +102,16 @@ def test_what_is_quite_new_is_left_alone() -> None:
 def test_what_is_somebody_else_s_is_left_alone() -> None:
     cloud = Cloud(held("x", namespace="others"), Held("mine", {}, OLD))
     assert sweep(cloud, None, "team") == []
+
+
+def test_what_it_may_not_do_is_said_in_its_words_and_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    class Shut(Cloud):
+        def held(self) -> Iterable[Held]:
+            raise NotAuthorized("list nodeclaims.karpenter.sh: forbidden")
+
+    assert sweep(Cloud(held("left-over")), None, "", Shut()) == ["left-over"]
+    [record] = [r for r in caplog.records if "forbidden" in r.getMessage()]
+    assert record.exc_info is None
 
 
 def test_one_that_does_not_answer_keeps_nobody_from_looking_at_the_others() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from kaito_core.api import labels
 from kaito_core.controller.reconcile.case import attempts_of, request_id
 from kaito_core.kube.kinds import Object
-from kaito_core.plugins.types import Held, NodeProvisioner
+from kaito_core.plugins.types import Held, NodeProvisioner, ProvisioningError
 from kaito_core.problems import KaitoError
 
 EVERY = 300.0
@@ -63,7 +63,10 @@ class Sweep:
                 for held in provisioner.held():
                     if not self._stop.is_set():
                         self._look(name, provisioner, held)
-            except KaitoError as e:  # whoever did not install Karpenter's rules needs no traceback every few minutes
+            except (
+                ProvisioningError,
+                KaitoError,
+            ) as e:  # whoever did not install Karpenter's rules needs no traceback every few minutes
                 log.warning("the machines of the node provisioner %s are not looked through, later again: %s", name, e)
             except Exception:
                 log.exception("the machines of the node provisioner %s could not be looked through; later again", name)
