@@ -153,7 +153,7 @@ def test_clocks_need_not_agree(contest: Contest, renewed: str) -> None:
     contest.client.create(LEASES, {**lease, "metadata": {**lease["metadata"], "namespace": "default"}})
     began = time.monotonic()
     candidate = contest.candidate()
-    until(lambda: candidate.leads)
+    until(lambda: candidate.began)
     assert candidate.began - began >= 2.0
 
 
