@@ -326,10 +326,11 @@ def test_an_endpoint_with_a_key_wakes_for_those_who_have_it_and_follows_its_sett
     [pod] = system.pods("locked")
     assert not any("image" in v for v in pod["spec"]["volumes"])
     assert "adapter 'first': " in system.kubectl("logs", pod["metadata"]["name"], "-c", "fetch")
+    long = {**question, "messages": [{"role": "user", "content": "word " * 300}]}  # a token each
+    assert ask(system, url, long, "sesame")["status"] == 200
     settings(256)
     system.until("the pod with the changed settings", lambda: [
         p for p in system.pods("locked") if p["metadata"]["uid"] != pod["metadata"]["uid"]], 120)  # fmt: skip
-    long = {**question, "messages": [{"role": "user", "content": "word " * 300}]}
     assert ask(system, url, long, "sesame")["status"] == 400, "256 tokens are too few for it now"
     assert "sesame" not in system.report()
     system.kubectl("delete", "workspace", "locked", "--timeout=120s")

@@ -70,9 +70,7 @@ def test_where_there_is_a_pod_the_pod_asks_for_the_key(locked: tuple[Activator, 
         assert post(activator).content == b"hello"
 
 
-def test_a_pod_that_has_just_gone_opens_no_door(
-    locked: tuple[Activator, Wakes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pod_that_has_just_gone_opens_no_door(locked: tuple[Activator, Wakes]) -> None:
     activator, wakes = locked
     with Pod() as pod:
         address = pod.address
