@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kaito_core.api import PLACEHOLDER, Workspace, load_documents, load_text, read_workspace
+from kaito_core.api import PLACEHOLDER, Workspace, labels, load_documents, load_text, read_workspace
+from kaito_core.planning.plan import requirements
 from kaito_core.problems import errors
 
 QUICKSTART = Path(__file__).parent / "data" / "quickstart.yaml"
@@ -106,7 +107,7 @@ def test_the_quick_start_filled_in_is_accepted_as_it_is(version: str) -> None:
         (INFERENCE, "inference", {"template": {"spec": {"containers": [{"name": "c", "args": ["<x>"]}]}}}),
         (INFERENCE, "inference.preset.presetOptions", {"modelAccessSecret": "hf"}),
         (INFERENCE, "inference.preset.name", "meta-llama/Llama-3.1-8B-Instruct"),
-        (INFERENCE, "resource", {"partition": {"mode": "mig", "profile": "1g.10gb"}, "preferredNodes": ["n1"]}),
+        (INFERENCE, "resource", {"preferredNodes": ["n1"]}),
         (
             TUNING,
             "resource",
@@ -117,7 +118,7 @@ def test_the_quick_start_filled_in_is_accepted_as_it_is(version: str) -> None:
             "resource",
             {"gpu": {"model": "A100", "count": 2, "memory": "40Gi"}, "maxPricePerHour": 4, "maxCost": 0.5},
         ),
-        (INFERENCE, "resource", {"count": 2, "partition": {"mode": "accelerator", "count": 2}}),
+        (INFERENCE, "resource", {"count": 2}),
     ],
 )
 def test_what_is_accepted(base: dict[str, Any], path: str, value: Any) -> None:
@@ -246,8 +247,15 @@ REFUSED = [
     (TUNING, "inference", {"template": {"spec": {}}}, "inference.template: a pod template cannot serve what is tuned beside it"),
     (TUNING, "inference", {"idleAfter": "soon"}, "inference.idleAfter: 'soon' is not a duration of more than 0"),
     (TUNING, "inference", {"idleAfter": "0s"}, "inference.idleAfter: '0s' is not a duration of more than 0"),
-    (INFERENCE, "resource.partition", {"mode": "mig"}, "resource.partition.profile: mode mig needs a profile"),
-    (INFERENCE, "resource.partition", {"mode": "accelerator"}, "resource.partition.count: mode accelerator needs a count"),
+    (INFERENCE, "resource.partition", {"mode": "mig", "profile": "1g.10gb"},
+     "resource.partition: kaito cannot serve on a part of a GPU yet, and does not buy whole GPUs in its place"),
+    (INFERENCE, "resource.partition", {"mode": "accelerator", "count": 2},
+     "resource.partition: kaito cannot serve on a part of a GPU yet, and does not buy whole GPUs in its place"),
+    (TUNING, "resource.labelSelector.matchExpressions", [{"key": "a", "operator": "In", "values": ["b", "c"]}],
+     "resource.labelSelector.matchExpressions[0].values: kaito selects nodes by one value of a label, and this names several"),
+    (TUNING, "resource.labelSelector",
+     {"matchLabels": {"a": "b"}, "matchExpressions": [{"key": "a", "operator": "In", "values": ["c"]}]},
+     "resource.labelSelector.matchExpressions[0].values: asks for another value of 'a' than matchLabels does"),
     (INFERENCE, "resource.instanceTyp", "x", "resource.instanceTyp: unknown field 'instanceTyp'; did you mean 'instanceType'?"),
     (INFERENCE, "resource.InstanceType", "x", "resource.InstanceType: unknown field 'InstanceType'; did you mean 'instanceType'?"),
     (INFERENCE, "resource.instance_type", "x", "resource.instance_type: unknown field 'instance_type'; did you mean"),
@@ -310,6 +318,66 @@ def test_what_has_no_effect_on_an_endpoint_is_said(base: dict[str, Any], path: s
     workspace, problems = read_workspace(changed(base, path, value))
     assert workspace is not None
     assert [(p.severity, p.field) for p in problems] == [("warning", field)]
+
+
+KAITO_ANNOTATIONS = {
+    "kaito.sh/enablelb": "True",
+    "kaito.sh/runtime": "vllm",
+    "kaito.sh/node-class-name": "default",
+    "kaito.sh/use-local-weights": "true",
+    "kaito.sh/bypass-resource-checks": "true",
+    "kaito.sh/node-image-family": "ubuntu",
+    "kaito.sh/disable-benchmark": "true",
+    "kaito.sh/performance-mode": "throughput",
+    "kaito.sh/model-streaming": "disabled",
+    "kaito.sh/model-mirror-storage-class": "fast",
+    "kaito.sh/streaming-service-account": "reader",
+    "inference.kaito.sh/static-model-mirror": "mirror",
+    "inference.kaito.sh/stream-datarefs-url": "https://example.com/refs",
+    "inference.kaito.sh/stream-identity-client-id": "id",
+    "inference.kaito.sh/stream-source-type": "public",
+}
+"""Every annotation that KAITO's documentation gives to people, with a value that it knows."""
+
+
+@pytest.mark.parametrize("key", KAITO_ANNOTATIONS)
+def test_an_annotation_of_kaito_is_honoured_or_said_to_have_no_effect(key: str) -> None:
+    workspace, problems = read_workspace(changed(INFERENCE, "metadata.annotations", {key: KAITO_ANNOTATIONS[key]}))
+    assert workspace is not None
+    if key in labels.HONOURED:
+        assert problems == []
+        source = Path(labels.__file__).parent.parent
+        readers = [f for f in source.rglob("*.py") if f.parent.name != "api" and _reads(f, key)]
+        assert readers, "what is honoured is read somewhere"
+    else:
+        assert [(p.severity, p.field) for p in problems] == [("warning", f"metadata.annotations.{key}")]
+        assert "has no effect here: " in problems[0].message
+
+
+def _reads(file: Path, annotation: str) -> bool:
+    text = file.read_text(encoding="utf-8")
+    name = next(n for n, value in vars(labels).items() if value == annotation)
+    return f'"{annotation}"' in text or f"labels.{name}" in text
+
+
+def test_a_mistyped_annotation_is_said() -> None:
+    _, problems = read_workspace(changed(INFERENCE, "metadata.annotations", {"kaito.sh/runtme": "transformers"}))
+    assert [(p.severity, p.message) for p in problems] == [
+        ("warning", "unknown annotation; did you mean 'kaito.sh/runtime'?")
+    ]
+
+
+def test_preferred_nodes_are_said_to_have_no_effect() -> None:
+    _, problems = read_workspace(changed(INFERENCE, "resource.preferredNodes", ["n1"]))
+    assert [(p.severity, p.field) for p in problems] == [("warning", "resource.preferredNodes")]
+
+
+def test_an_expression_with_one_value_selects_nodes_as_a_label_does() -> None:
+    selector = {"matchLabels": {"a": "b"}, "matchExpressions": [{"key": "c", "operator": "In", "values": ["d"]}]}
+    workspace, problems = read_workspace(changed(TUNING, "resource.labelSelector", selector))
+    assert problems == []
+    assert workspace is not None
+    assert requirements(workspace).labels == {"a": "b", "c": "d"}
 
 
 def test_a_broken_structure_does_not_hide_other_mistakes() -> None:

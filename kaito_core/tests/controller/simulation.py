@@ -65,7 +65,8 @@ def planned(obj: Object, offers: tuple[Offer, ...] = OFFERS, *, serving: bool = 
     workspace, problems = read_workspace(obj)
     assert workspace is not None, problems
     catalog = Catalog(Registry(), offers, {"settings": {"inference_config.yaml": "{}"}})
-    return Planned(serving_after(workspace, catalog) if serving and workspace.tuning else plan(workspace, catalog))
+    made = serving_after(workspace, catalog) if serving and workspace.tuning else plan(workspace, catalog)
+    return Planned(made, problems=tuple(p for p in problems if p.severity == "warning"))
 
 
 WORLD = World(Settings(tuner_image="r.io/tuner:1"), lambda workspace, plan: plan.workload)

@@ -96,6 +96,20 @@ def written(simulation: Simulation) -> list[dict[str, Any]]:
     return list(simulation.workspace.get("status", {}).get("attempts") or [first])
 
 
+def test_what_has_no_effect_is_said_in_the_status_as_long_as_the_revision_lasts() -> None:
+    obj = workspace_object()
+    obj["metadata"]["annotations"] = {"kaito.sh/node-image-family": "azurelinux"}
+    simulation = Simulation(workspace=obj)
+    simulation.settle()
+    said = "metadata.annotations.kaito.sh/node-image-family: has no effect here"
+    assert simulation.condition("Accepted")["message"].startswith(said)
+    simulation.pod(container=ended(0, FINISHED))
+    simulation.end_job("Complete")
+    simulation.settle()
+    assert simulation.state == "Succeeded"
+    assert simulation.condition("Accepted")["message"].startswith(said)
+
+
 def test_nothing_is_held_where_nothing_has_to_be_given_back() -> None:
     """Nodes that were there before: one write less, and deleting the Workspace waits for nobody."""
     simulation = Simulation(holds=False)

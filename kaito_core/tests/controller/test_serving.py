@@ -76,6 +76,19 @@ def test_after_a_tuning_the_service_is_there_and_no_machine() -> None:
     assert held["metadata"]["labels"]["kubernetes.io/service-name"] == "one"
 
 
+def test_what_has_no_effect_on_an_endpoint_stays_in_its_status() -> None:
+    simulation = serving("always")
+    assert simulation.workspace is not None
+    simulation.workspace["metadata"]["annotations"] = {"kaito.sh/performance-mode": "throughput"}
+    simulation.settle()
+    simulation.answers()
+    simulation.settle()
+    assert phase(simulation) == "Ready"
+    accepted = simulation.condition("Accepted")
+    assert accepted["status"] == "True"
+    assert accepted["message"].startswith("metadata.annotations.kaito.sh/performance-mode: has no effect here")
+
+
 def test_the_first_request_gets_a_machine_and_idleness_gives_it_back() -> None:
     simulation = tuned()
     simulation.demand = True

@@ -69,14 +69,43 @@ HANDED_ON: Final = frozenset({INFERENCE_SET, INFERENCE_ROLE})
 
 ANNOTATION_VALUES: Final[dict[str, tuple[str, ...]]] = {
     ENABLE_LOAD_BALANCER: ("True",),
-    NODE_IMAGE_FAMILY: ("ubuntu", "azurelinux"),
-    DISABLE_BENCHMARK: ("true",),
-    PERFORMANCE_MODE: ("balanced", "interactivity", "throughput"),
     USE_LOCAL_WEIGHTS: ("true", "false"),
-    MODEL_STREAMING: ("disabled",),
     SERVE_AFTER_TUNING: ("onDemand", "always", "never"),
 }
 """Values that have an effect; any other is passed over, so a person is told. Runtimes come from plugins."""
+
+_STREAMING: Final = "kaito does not stream models from object storage"
+WITHOUT_EFFECT: Final[dict[str, tuple[str, str]]] = {
+    PERFORMANCE_MODE: (
+        "kaito does not translate it into settings of vLLM",
+        "write vLLM's own settings into the ConfigMap of inference.config",
+    ),
+    BYPASS_RESOURCE_CHECKS: (
+        "a model that does not fit by the memory estimate is still refused",
+        "ask for a machine with more memory, or lower the context length in the ConfigMap",
+    ),
+    NODE_IMAGE_FAMILY: (
+        "the machine gets the image family of its node class or agent pool",
+        f"set the family there, and name the node class with {NODE_CLASS_NAME}",
+    ),
+    DISABLE_BENCHMARK: ("kaito runs no benchmark when an endpoint starts", ""),
+    MODEL_STREAMING: (_STREAMING, ""),
+    "kaito.sh/model-mirror-storage-class": (_STREAMING, ""),
+    "kaito.sh/streaming-service-account": (_STREAMING, ""),
+    "inference.kaito.sh/static-model-mirror": (_STREAMING, ""),
+    "inference.kaito.sh/stream-datarefs-url": (_STREAMING, ""),
+    "inference.kaito.sh/stream-identity-client-id": (_STREAMING, ""),
+    "inference.kaito.sh/stream-source-type": (_STREAMING, ""),
+}
+"""KAITO's annotations that kaito does not honour: what happens in their place, and what to do for the same effect."""
+
+HONOURED: Final = (
+    ENABLE_LOAD_BALANCER, RUNTIME, NODE_CLASS_NAME, USE_LOCAL_WEIGHTS, SERVE_AFTER_TUNING, API_KEY_SECRET,
+)  # fmt: skip
+"""Annotations that people write and kaito reads."""
+
+WRITTEN: Final = (ASKED, CONFIG, WAKE, APPLIED)
+"""Annotations that kaito writes itself."""
 
 # Finalizers
 FINALIZER: Final = "workspace.finalizer.kaito.sh"

@@ -68,8 +68,14 @@ class LabelSelector(Resource):
         json_schema_extra={"maxProperties": 64},
     )
     match_expressions: tuple[LabelSelectorRequirement, ...] = Field(
-        (), max_length=64, description="Further requirements, all with the operator `In`."
+        (), max_length=64, description="Further requirements, all with the operator `In` and one value."
     )
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The labels that a node must have. An expression with several values is refused by `kaito_core.api.validation`."""
+        expressions = {e.key: e.values[0] for e in self.match_expressions if e.values}
+        return {**self.match_labels, **expressions}
 
 
 class Partition(Resource):
@@ -167,12 +173,12 @@ class ResourceSpec(Resource):
     preferred_nodes: tuple[Name, ...] = Field(
         (),
         max_length=256,
-        description="Existing nodes to use first, by name.",
+        description="Existing nodes to use first, by name. Without effect here: use `labelSelector`.",
         json_schema_extra={"note": "deprecated in v1beta1"},
     )
     partition: Partition | None = Field(
         None,
-        description="A part of a GPU, or some of a machine's GPUs. For inference only.",
+        description="A part of a GPU, or some of a machine's GPUs. Refused, as kaito cannot serve on it yet.",
         json_schema_extra={"note": "since v1beta1; cannot be changed"},
     )
 

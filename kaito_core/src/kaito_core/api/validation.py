@@ -101,7 +101,14 @@ def _metadata(metadata: Metadata) -> Iterator[Problem]:
         yield from _label(key, value, "metadata.labels")
     for key, value in metadata.annotations.items():
         known = labels.ANNOTATION_VALUES.get(key)
-        if known and value not in known:
+        if key in labels.WITHOUT_EFFECT:
+            instead, remedy = labels.WITHOUT_EFFECT[key]
+            yield Problem(f"has no effect here: {instead}", remedy or "remove the annotation, if you like",
+                          f"metadata.annotations.{key}", severity="warning")  # fmt: skip
+        elif key.startswith("kaito.sh/") and (close := _meant(key)):
+            yield Problem(f"unknown annotation; did you mean '{close}'?", f"write '{close}'",
+                          f"metadata.annotations.{key}", severity="warning")  # fmt: skip
+        elif known and value not in known:
             yield Problem(
                 f"{value!r} has no effect here",
                 f"write {names.listed((repr(v) for v in known), 'or')}, or remove the annotation",
@@ -112,6 +119,12 @@ def _metadata(metadata: Metadata) -> Iterator[Problem]:
         if close := closest(key, ("name", "namespace", "labels", "annotations")):
             yield Problem(f"unknown field '{key}'; did you mean '{close}'?", f"write '{close}'",
                           f"metadata.{key}", severity="warning")  # fmt: skip
+
+
+def _meant(annotation: str) -> str:
+    """The annotation that was probably meant; empty when this one is known, or near to none."""
+    known = (*labels.HONOURED, *labels.WITHOUT_EFFECT, *labels.WRITTEN)
+    return "" if annotation in known else closest(annotation, known)
 
 
 def _label(key: str, value: str, path: str) -> Iterator[Problem]:
@@ -129,13 +142,14 @@ def _resource(workspace: Workspace) -> Iterator[Problem]:
             yield Problem(f"tuning runs on one machine, not on {resource.count}",
                           "remove count, or choose a machine with more GPUs: all of them are used",
                           "resource.count")  # fmt: skip
-        if resource.partition is not None:
-            yield Problem("a part of a GPU cannot be used for tuning", "remove partition", "resource.partition")
     elif resource.max_cost is not None:
         yield Problem("limits what a job costs, and an endpoint has no end", "limit the hour: maxPricePerHour",
                       "resource.maxCost", severity="warning")  # fmt: skip
     if resource.partition is not None:
-        yield from _partition(resource.partition)
+        yield from _partition(resource.partition, tunes=workspace.tuning is not None)
+    if resource.preferred_nodes:
+        yield Problem("has no effect here: kaito chooses among all nodes that fit", "give the nodes a label, and name it in "
+                      "resource.labelSelector", "resource.preferredNodes", severity="warning")  # fmt: skip
     yield from _choice(resource)
 
 
@@ -182,6 +196,12 @@ def _selector(selector: LabelSelector) -> Iterator[Problem]:
                           f"{here}.operator")  # fmt: skip
         elif not requirement.values:
             yield Problem("In needs at least one value", "add values", f"{here}.values")
+        elif len(requirement.values) > 1:
+            yield Problem("kaito selects nodes by one value of a label, and this names several", "keep one of them, or give "
+                          "all of these nodes another label with one value", f"{here}.values")  # fmt: skip
+        elif selector.match_labels.get(requirement.key, requirement.values[0]) != requirement.values[0]:
+            yield Problem(f"asks for another value of {requirement.key!r} than matchLabels does", "keep one of them",
+                          f"{here}.values")  # fmt: skip
         for j, value in enumerate(requirement.values):
             if trouble := names.label_value_trouble(value):
                 yield Problem(trouble, "change the value", f"{here}.values[{j}]")
@@ -194,8 +214,13 @@ def _selector(selector: LabelSelector) -> Iterator[Problem]:
                       "remove the label: kaito sets it on its nodes itself", path, severity="warning")  # fmt: skip
 
 
-def _partition(partition: Partition) -> Iterator[Problem]:
+def _partition(partition: Partition, *, tunes: bool) -> Iterator[Problem]:
     path = "resource.partition"
+    if tunes:
+        yield Problem("a part of a GPU cannot be used for tuning", "remove partition", path)
+    else:
+        yield Problem("kaito cannot serve on a part of a GPU yet, and does not buy whole GPUs in its place",
+                      "remove partition to serve on whole GPUs", path)  # fmt: skip
     if partition.mode == "mig":
         if not _MIG_PROFILE.match(partition.profile):
             trouble = f"{partition.profile!r} is not a MIG profile" if partition.profile else "mode mig needs a profile"

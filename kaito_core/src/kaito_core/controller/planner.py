@@ -136,6 +136,7 @@ class Planner:
         """The plan of this object, or why there is none: of its tuning, or with ``serving`` of its endpoint. Reads the ConfigMap that
         it names, and looks for its Secrets."""
         workspace, problems = read_workspace(obj)
+        warnings = tuple(p for p in problems if p.severity != "error")
         problems = [p for p in problems if p.severity == "error"] + _not_in_a_cluster(workspace)
         if workspace is None or problems:
             return _refused("InvalidWorkspace", problems)
@@ -165,6 +166,7 @@ class Planner:
             missing = self._missing_secrets(planned.plan)
             if missing:
                 return _refused("SecretMissing", missing)
+            planned = replace(planned, problems=warnings)
         if not offered.failed:
             return planned
         for problem in offered.failed.values():

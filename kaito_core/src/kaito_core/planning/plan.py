@@ -221,7 +221,7 @@ def requirements(workspace: Workspace) -> Requirements:
     gpu = resource.gpu
     return Requirements(
         instance_types=resource.wanted_types,
-        labels=resource.label_selector.match_labels if resource.label_selector else {},
+        labels=resource.label_selector.labels if resource.label_selector else {},
         count=resource.count,
         gpu_model=gpu.model if gpu else "",
         gpus=(gpu.count or 0) if gpu else 0,

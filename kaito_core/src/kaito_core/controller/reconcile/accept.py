@@ -35,7 +35,7 @@ def accept(case: Case) -> bool:
         if waiting and (case.attempt is not None or refusal != "NoNode"):
             case.look_again(WAIT)
         return False
-    case.set(conditions.ACCEPTED, "True", "Planned", "")
+    case.set(conditions.ACCEPTED, "True", "Planned", words(problems))
     case.status.pop("finishedRevision", None)  # of an earlier revision: from here on it can be run again
     if case.history.missing is not None:
         case.create.append((REVISIONS, case.history.missing))

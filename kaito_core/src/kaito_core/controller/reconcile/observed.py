@@ -32,6 +32,7 @@ class Planned:
     plan: Plan | None = None
     refusal: Refusal | None = None
     problems: tuple[Problem, ...] = ()
+    """Why it is refused; with a plan, the warnings: what was written and has no effect."""
     failed: frozenset[str] = frozenset()
     """The provisioners that could not say what they have: that an offer of theirs is not in the plan means nothing."""
 

@@ -178,7 +178,10 @@ def _run(case: Case) -> None:
     if there is None or not _is_current(case):
         _start(case)
         return
-    case.set(conditions.ACCEPTED, "True", "Planned", "")  # what was refused meanwhile has been taken back
+    accepted = find(case.status.get("conditions"), conditions.ACCEPTED) or {}
+    # What was refused meanwhile has been taken back; the warnings of the plan that runs stay.
+    warnings = accepted.get("message", "") if accepted.get("status") == "True" else ""
+    case.set(conditions.ACCEPTED, "True", "Planned", warnings)
     if not machines_are_there(case, STATEFUL_SETS, there, latest(case.observed.servers)):
         return
     replicas = int(there.get("spec", {}).get("replicas") or 1)
@@ -248,7 +251,7 @@ def _accepted(case: Case) -> bool:
     """Whether there is a plan. What is served goes on being served while a changed Workspace cannot be."""
     planned = case.observed.planned
     if planned.refusal is None and planned.plan is not None:
-        case.set(conditions.ACCEPTED, "True", "Planned", "")
+        case.set(conditions.ACCEPTED, "True", "Planned", words(planned.problems))
         if case.history.missing is not None:
             case.create.append((REVISIONS, case.history.missing))
         return True
