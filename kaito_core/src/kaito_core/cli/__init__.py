@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from kaito_core import __version__
+from kaito_core.cli.encoding import escape_what_is_missing
 from kaito_core.problems import KaitoError
 
 COMMANDS = {
@@ -99,6 +100,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program ``kaito``. Exit codes: 0 done, 1 something failed, 2 the input is wrong, 130 interrupted."""
+    escape_what_is_missing()
     try:
         result = cli.main(
             args=list(arguments) if arguments is not None else None, prog_name="kaito", standalone_mode=False

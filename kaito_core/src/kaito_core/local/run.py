@@ -119,6 +119,7 @@ def _lay_out(folder: RunFolder, workload: Workload) -> dict[str, str]:
         env[name] = str(folder.path / "files" / value.lstrip("/")) if value in workload.files else value
     env["KAITO_CACHE"] = str(cache_folder())
     env["PYTHONUNBUFFERED"] = "1"
+    env["PYTHONIOENCODING"] = "utf-8"  # what a stage prints goes into its log, whatever this terminal's encoding is
     # People use their machines for other things too. Threads that spin while they wait for each other are a little faster
     # on an idle machine, and ten times slower as soon as one more process wants a core.
     env.setdefault("OMP_WAIT_POLICY", "passive")

@@ -189,7 +189,7 @@ def _results_folder() -> Path:
 
 def _environment() -> dict[str, str]:
     """The stages' environment: ours, the secrets put where programs look for them, and that somebody relays."""
-    env = {**os.environ, progress.RELAYED: "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, progress.RELAYED: "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     secrets = Path(env.get("KAITO_SECRETS", SECRETS))
     merged: dict[str, Any] = {}
     for name in filter(None, env.get(REGISTRY_SECRETS, "").split(",")):
