@@ -43,6 +43,58 @@ def test_the_filled_quick_start_is_accepted(kaito: Kaito) -> None:
     assert kaito("validate", EXAMPLES / "kaito-quickstart.yaml").returncode == 0
 
 
+INFERENCE_SET = """apiVersion: kaito.sh/v1beta1
+kind: InferenceSet
+metadata:
+  name: llm
+spec:
+  replicas: 2
+  template:
+    inference:
+      preset:
+        name: demo-phi-3
+"""
+
+
+def test_an_inference_set_is_checked_as_a_workspace_is(kaito: Kaito, tmp_path: Path) -> None:
+    path = tmp_path / "set.yaml"
+    path.write_text(INFERENCE_SET, encoding="utf-8")
+    answer = kaito("validate", path)
+    assert (answer.returncode, answer.stdout) == (0, "valid: llm\n")
+    path.write_text(INFERENCE_SET.replace("demo-phi-3", "demo-phi-33"), encoding="utf-8")
+    answer = kaito("validate", path)
+    assert answer.returncode == 2
+    assert (
+        "set.yaml:10:15: error: spec.template.inference.preset.name: there is no preset 'demo-phi-33'" in answer.stdout
+    )
+    path.write_text(INFERENCE_SET.replace("replicas: 2", "replicas: -2"), encoding="utf-8")
+    answer = kaito("validate", path)
+    assert answer.returncode == 2
+    assert "set.yaml:6:13: error: spec.replicas: must be 0 or more" in answer.stdout
+
+
+@pytest.mark.parametrize("kind", ["apps/v1 Deployment", "kaito.sh/v1beta1 RAGEngine"])
+def test_a_file_without_anything_to_check_is_not_valid(kaito: Kaito, tmp_path: Path, kind: str) -> None:
+    version, name = kind.split()
+    path = tmp_path / "other.yaml"
+    path.write_text(f"apiVersion: {version}\nkind: {name}\nmetadata: {{name: a}}\n", encoding="utf-8")
+    answer = kaito("validate", path)
+    assert answer.returncode == 2
+    assert "there is no Workspace" in answer.stdout
+    assert "invalid: 1 error, 1 warning" in answer.stdout
+
+
+@pytest.mark.parametrize("command", [["plan"], ["run", "--local", "--yes"]])
+def test_a_command_that_takes_workspaces_says_that_it_leaves_a_set_out(
+    kaito: Kaito, tmp_path: Path, command: list[str]
+) -> None:
+    path = tmp_path / "set.yaml"
+    path.write_text(INFERENCE_SET, encoding="utf-8")
+    answer = kaito(*command, path)
+    assert answer.returncode == 2
+    assert "set.yaml:2:7: error: kind: an InferenceSet is left out here: this command takes Workspaces" in answer.stderr
+
+
 CASES = {
     # what is changed in a good workspace: (old, new, exit code, what the message says)
     "not YAML": ("tuning:", "tuning: [", 2, "workspace.yaml:"),

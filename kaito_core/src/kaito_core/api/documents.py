@@ -1,4 +1,4 @@
-"""From files to resources: Workspaces, and the ConfigMaps and Secrets that they refer to.
+"""From files to resources: Workspaces, InferenceSets, and the ConfigMaps and Secrets that they refer to.
 
 A mistake in one document hides no other document, and every problem names its file, line and column. What is wrong with
 a file as such (missing, binary, empty) is a problem too, so that the other files are still read.
@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from kaito_core.api.reading import read_workspace
+from kaito_core.api import names
+from kaito_core.api.inference_set import InferenceSet
+from kaito_core.api.reading import read_inference_set, read_workspace
 from kaito_core.api.suggest import closest
 from kaito_core.api.workspace import VERSIONS, Workspace
 from kaito_core.api.yaml_source import MAX_BYTES, Mark, YamlDocument, join, parse
 from kaito_core.problems import Problem, errors
 
 STDIN: Final = "-"
+KINDS: Final = ("Workspace", "InferenceSet")
+"""The kinds of kaito.sh that files may hold."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Document:
     """One document of a file, and what it turned out to be."""
 
     source: YamlDocument = field(repr=False)
-    resource: Workspace | ConfigMap | Secret | None
+    resource: Workspace | InferenceSet | ConfigMap | Secret | None
     """None when it is something else, or its structure is broken."""
     problems: tuple[Problem, ...] = ()
 
@@ -91,6 +95,11 @@ class Documents:
         return tuple(d.resource for d in self.documents if isinstance(d.resource, Workspace))
 
     @property
+    def inference_sets(self) -> tuple[InferenceSet, ...]:
+        """As ``workspaces``."""
+        return tuple(d.resource for d in self.documents if isinstance(d.resource, InferenceSet))
+
+    @property
     def config_maps(self) -> tuple[ConfigMap, ...]:
         return tuple(d.resource for d in self.documents if isinstance(d.resource, ConfigMap))
 
@@ -102,7 +111,7 @@ class Documents:
     def valid(self) -> bool:
         return not errors(self.problems)
 
-    def document(self, resource: Workspace | ConfigMap | Secret) -> Document:
+    def document(self, resource: Workspace | InferenceSet | ConfigMap | Secret) -> Document:
         """The document that one of these resources was read from."""
         return next(d for d in self.documents if d.resource is resource)
 
@@ -193,32 +202,35 @@ def _document(source: YamlDocument, allow_private: bool) -> Document:
     if version == "v1" and kind in ("ConfigMap", "Secret"):
         return _core(source, value, _config_map if kind == "ConfigMap" else _secret)
     if str(version).lower().startswith("kaito.sh/") or kind == "Workspace":
-        return _workspace(source, value, str(version), str(kind), allow_private)
-    return _broken(source, Problem(f"{kind} ({version}) is ignored", "kaito reads Workspaces, and the ConfigMaps and "
-                                   "Secrets they refer to", "kind", severity="warning"))  # fmt: skip
+        return _of_kaito(source, value, str(version), str(kind), allow_private)
+    return _broken(source, Problem(f"{kind} ({version}) is ignored", "kaito reads Workspaces, InferenceSets, and the "
+                                   "ConfigMaps and Secrets they refer to", "kind", severity="warning"))  # fmt: skip
 
 
 def _broken(source: YamlDocument, *problems: Problem) -> Document:
     return Document(source, None, tuple(source.locate(p) for p in problems))
 
 
-def _workspace(source: YamlDocument, value: Any, version: str, kind: str, allow_private: bool) -> Document:
-    if kind != "Workspace":
-        if closest(kind, ["Workspace"]):
+def _of_kaito(source: YamlDocument, value: Any, version: str, kind: str, allow_private: bool) -> Document:
+    if kind not in KINDS:
+        if close := closest(kind, KINDS):
             return _broken(
-                source, Problem(f"unknown kind '{kind}'; did you mean 'Workspace'?", "write 'Workspace'", "kind")
+                source, Problem(f"unknown kind '{kind}'; did you mean '{close}'?", f"write '{close}'", "kind")
             )
-        return _broken(source, Problem(f"{kind} ({version}) is ignored", "of kaito.sh only the Workspace is known here",
+        return _broken(source, Problem(f"{kind} ({version}) is ignored", f"of kaito.sh kaito reads {names.listed(KINDS)}",
                                        "kind", severity="warning"))  # fmt: skip
+    read: Callable[..., tuple[Workspace | InferenceSet | None, list[Problem]]] = (
+        read_workspace if kind == "Workspace" else read_inference_set
+    )
     if version not in VERSIONS:
         close = closest(version, VERSIONS)
         meant = f"; did you mean '{close}'?" if close else ""
         problem = Problem(f"unknown version '{version}'{meant}", f"write {' or '.join(VERSIONS)}", "apiVersion")
         # The rest is the same in all versions, so its mistakes can be told already.
-        _, more = read_workspace({**value, "apiVersion": VERSIONS[-1]}, allow_private=allow_private)
+        _, more = read({**value, "apiVersion": VERSIONS[-1]}, allow_private=allow_private)
         return Document(source, None, tuple(_located(source, [problem, *more])))
-    workspace, problems = read_workspace(value, allow_private=allow_private)
-    return Document(source, workspace, tuple(_located(source, problems)))
+    resource, problems = read(value, allow_private=allow_private)
+    return Document(source, resource, tuple(_located(source, problems)))
 
 
 def _located(source: YamlDocument, problems: Iterable[Problem]) -> Iterator[Problem]:

@@ -164,6 +164,23 @@ class InferenceSet(Resource):
             }
         )
 
+    def placed(self, problem: Problem) -> Problem:
+        """A problem of a replica, with the field of the set that it comes from."""
+        field = problem.field
+        if field == "metadata.namespace":
+            return problem
+        if field.startswith("resource.labelSelector") and self.spec.label_selector is not None:
+            return replace(problem, field=f"spec.{field.removeprefix('resource.')}")
+        return replace(problem, field=f"spec.template.{field}" if field else "spec.template")
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name
+
+    @property
+    def namespace(self) -> str:
+        return self.metadata.namespace
+
     @property
     def allowed_replicas(self) -> int:
         """``spec.replicas``, or as many as ``spec.nodeCountLimit`` leaves."""
@@ -194,7 +211,7 @@ def validate_inference_set(inference_set: InferenceSet, *, allow_private: bool =
     ``allow_private`` as in `kaito_core.api.validation.validate_workspace`."""
     replica = inference_set.replica(f"{inference_set.metadata.name}-0")
     found = validate_workspace(replica, allow_private=allow_private)
-    return [*_own(inference_set), *(_placed(p, inference_set) for p in found if p.field != "metadata.name")]
+    return [*_own(inference_set), *(inference_set.placed(p) for p in found if p.field != "metadata.name")]
 
 
 def _own(inference_set: InferenceSet) -> Iterator[Problem]:
@@ -219,13 +236,3 @@ def _own(inference_set: InferenceSet) -> Iterator[Problem]:
             yield Problem(f"{given!r} leaves nothing that could be changed, or is no share",
                           "write a number from 1 on, or a share like '25%'",
                           "spec.updateStrategy.rollingUpdate.maxUnavailable")  # fmt: skip
-
-
-def _placed(problem: Problem, inference_set: InferenceSet) -> Problem:
-    """A problem of a replica, where it stands in the set."""
-    field = problem.field
-    if field == "metadata.namespace":
-        return problem
-    if field.startswith("resource.labelSelector") and inference_set.spec.label_selector is not None:
-        return replace(problem, field=f"spec.{field.removeprefix('resource.')}")
-    return replace(problem, field=f"spec.template.{field}" if field else "spec.template")

@@ -88,6 +88,17 @@ def read(files: Sequence[str], *, placeholders_allowed: bool = False, namespace:
     if fatal:
         raise UserError(fatal)
     found = [Given(d.resource, d, documents) for d in documents.documents if isinstance(d.resource, Workspace)]
+    for inference_set in documents.inference_sets:
+        problem = Problem(
+            "an InferenceSet is left out here: this command takes Workspaces",
+            "apply it with kubectl apply -f, and see kubectl get inferencesets",
+            "kind",
+            severity="warning" if found else "error",
+        )
+        problem = documents.document(inference_set).locate(problem)
+        if not found:
+            raise UserError([problem])
+        click.echo(str(problem), err=True)
     if not found:
         raise UserError(
             f"there is no Workspace in {', '.join(files)}", "a Workspace begins with `apiVersion: kaito.sh/v1beta1`"
