@@ -255,6 +255,29 @@ def is_ready(node: Mapping[str, Any]) -> bool:
     return any(c.get("type") == "Ready" and c.get("status") == "True" for c in told)
 
 
+def of_node(node: Mapping[str, Any]) -> str:
+    """The name of the pool that this Node belongs to, where it was got for a Workspace by this provisioner; else empty."""
+    labels = node["metadata"].get("labels") or {}
+    ours = labels.get(MANAGED_BY) == OWNER and WORKSPACE in labels
+    return str(labels.get(AGENT_POOL) or labels.get(OLD_AGENT_POOL) or "") if ours else ""
+
+
+def is_unready(node: Mapping[str, Any]) -> bool:
+    """Whether its kubelet does not answer, or never has; a cordoned Node is another matter."""
+    return _ready(node).get("status") != "True"
+
+
+def unready_seconds(node: Mapping[str, Any], now: float) -> float:
+    """For how many seconds it has been so; 0 when it does not say."""
+    since = _ready(node).get("lastTransitionTime") or node["metadata"].get("creationTimestamp")
+    return max(0.0, now - datetime.fromisoformat(since).timestamp()) if since else 0.0
+
+
+def _ready(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    told = (node.get("status") or {}).get("conditions") or ()
+    return next((c for c in told if c.get("type") == "Ready"), {})
+
+
 def selector(pool: str, nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """The label that the pool's nodes have and no others."""
     new = all((n["metadata"].get("labels") or {}).get(AGENT_POOL) == pool for n in nodes)

@@ -5,6 +5,7 @@ request has become is read from Azure at each call; nothing that counts is remem
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from kaito_core.plugins.types import (
     Transient,
     Unsupported,
 )
+from kaito_core.problems import KaitoError
 from kaito_provisioner_aks import market, pool, settings
 from kaito_provisioner_aks.arm import Arm, Edge
 from kaito_provisioner_aks.errors import DONE, Refused, Said, failure_of, kind_of
@@ -41,6 +43,9 @@ SHORT: Final = 120.0
 away do not come back by themselves."""
 
 NO_REASON: Final = Said(DONE, "", "the agent pool failed, and Azure does not say why")
+
+
+log = logging.getLogger("kaito.provisioner.aks")
 
 
 class AksNodes(NodeProvisioner):
@@ -151,6 +156,8 @@ class AksNodes(NodeProvisioner):
         _, edge = self._must()
         found = self._look(edge, request_id)
         self._short.pop(request_id, None)
+        if found is None:
+            self._delete_left_nodes(request_id)
         if found is None or not pool.is_workspaces(found):
             return NodeStatus(request_id, "absent")
         if found.phase != "deleting":
@@ -165,7 +172,9 @@ class AksNodes(NodeProvisioner):
         return _releasing(found)
 
     def held(self) -> Iterable[Held]:
-        """The pools that were got for Workspaces; those of NodeClaims, and other people's, are not among them."""
+        """The pools that were got for Workspaces, and the Nodes that are left of such a pool and are not ready: a kubelet that is still
+        alive when its machine is deleted may register its Node once more. The pools of NodeClaims, and other people's, are not among
+        them."""
         given, _ = settings.read(self._environ)
         if given is None:
             return []
@@ -174,11 +183,13 @@ class AksNodes(NodeProvisioner):
         except Refused as e:
             raise failure_of(e.said) from e
         now = self._clock()
-        return [
-            Held(p.name, {k: p.marks.get(k, "") for k in (WORKSPACE, WORKSPACE_NAMESPACE)}, p.age(now))
-            for p in pools
-            if pool.is_workspaces(p)
-        ]
+        found = {p.name: Held(p.name, _whose(p.marks), p.age(now)) for p in pools if pool.is_workspaces(p)}
+        there = {p.name for p in pools}
+        for node in self._cluster.list(NODES, labels={pool.MANAGED_BY: pool.OWNER}) if self._cluster else ():
+            name = pool.of_node(node)
+            if name and name not in there and pool.is_unready(node):
+                found[name] = Held(name, _whose(node["metadata"]["labels"]), pool.unready_seconds(node, now))
+        return list(found.values())
 
     # --- how
 
@@ -268,6 +279,17 @@ class AksNodes(NodeProvisioner):
         now = self._clock()
         return now - self._short.setdefault(found.name, now) >= SHORT
 
+    def _delete_left_nodes(self, name: str) -> None:
+        """Delete the Nodes of a pool that is gone. The pool costs nothing any more, so a refusal keeps no Workspace waiting."""
+        for node in self._nodes(name):
+            if pool.of_node(node) == name and pool.is_unready(node) and self._cluster is not None:
+                try:
+                    self._cluster.delete(NODES, node["metadata"]["name"])
+                except KaitoError as e:
+                    log.warning(
+                        "the Node %s of the deleted agent pool %s is left: %s", node["metadata"]["name"], name, e
+                    )
+
     def _nodes(self, name: str) -> list[Mapping[str, Any]]:
         if self._cluster is None:
             return []
@@ -277,6 +299,10 @@ class AksNodes(NodeProvisioner):
 
 def _known(regions: tuple[str, ...], requirements: Requirements) -> list[Offer]:
     return list(catalogue.offers(CLOUD, regions, requirements.capacity_types))
+
+
+def _whose(marks: Mapping[str, str]) -> dict[str, str]:
+    return {k: marks.get(k, "") for k in (WORKSPACE, WORKSPACE_NAMESPACE)}
 
 
 def _same_tags(found: Pool, request: NodeRequest) -> bool:

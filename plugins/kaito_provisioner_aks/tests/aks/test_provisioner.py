@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -87,6 +88,57 @@ def test_from_nothing_to_nodes_and_back(world: World) -> None:
     assert not list(world.aks.held())
     assert not world.nodes.objects
     assert world.cloud.created == [ID]
+
+
+def come_back(world: World, ready: str = "Unknown", seconds: float = 300.0) -> str:
+    """The pool is deleted; a kubelet that was still alive registers its Node once more, and dies. The Node's name."""
+    name = world.until("ready").nodes[0]
+    node = world.nodes.objects[name]
+    world.until("absent", lambda: world.aks.release(ID))
+    since = datetime.fromtimestamp(time.time() - seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    node["metadata"]["creationTimestamp"] = since
+    node["status"]["conditions"] = [{"type": "Ready", "status": ready, "lastTransitionTime": since}]
+    world.nodes.objects[name] = node
+    return name
+
+
+@pytest.mark.parametrize("ready", ["Unknown", "False"])
+def test_a_node_that_came_back_after_its_pool_is_held_until_it_is_released(world: World, ready: str) -> None:
+    """The sweep asks what is held, and releases what no Workspace wants."""
+    name = come_back(world, ready)
+    [held] = world.aks.held()
+    assert (held.request_id, held.tags) == (ID, TAGS)
+    assert 299 <= held.age < 360
+    assert name in world.nodes.objects
+    assert world.aks.release(ID).phase == "absent"
+    assert name not in world.nodes.objects
+    assert not list(world.aks.held())
+
+
+def test_a_node_whose_kubelet_never_said_anything_is_held_from_its_creation(world: World) -> None:
+    name = come_back(world)
+    world.nodes.objects[name]["status"] = {}
+    assert 299 <= next(iter(world.aks.held())).age < 360
+
+
+def test_a_left_node_that_works_or_is_not_ours_is_not_touched(world: World) -> None:
+    name = come_back(world, "True")
+    assert not list(world.aks.held())
+    assert world.aks.release(ID).phase == "absent"
+    assert name in world.nodes.objects
+    node = world.nodes.objects[name]
+    node["status"]["conditions"][0]["status"] = "Unknown"
+    node["metadata"]["labels"]["kaito.sh/managed-by"] = "somebody-else"
+    assert not list(world.aks.held())
+    assert world.aks.release(ID).phase == "absent"
+    assert name in world.nodes.objects
+
+
+def test_a_left_node_that_may_not_be_deleted_keeps_no_workspace(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    come_back(world)
+    world.nodes.forbidden = True
+    assert world.aks.release(ID).phase == "absent"
+    assert "forbidden" in caplog.text
 
 
 def test_a_pool_that_is_done_waits_for_its_nodes(world: World) -> None:

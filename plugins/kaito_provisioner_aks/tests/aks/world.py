@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kaito_core.api.labels import WORKSPACE, WORKSPACE_NAMESPACE
-from kaito_core.kube.kinds import Kind
+from kaito_core.kube.errors import Forbidden
+from kaito_core.kube.kinds import NODES, Kind
 from kaito_core.plugins.types import CapacityType, Gpu, NodeRequest, Offer, Requirements
 from kaito_provisioner_aks.testing import arm_server
 
@@ -20,6 +21,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
+        self.forbidden = False
 
     def get(self, kind: Kind, name: str, namespace: str = "") -> Mapping[str, Any] | None:
         return self.objects.get(name)
@@ -33,7 +35,11 @@ class Nodes:
         raise AssertionError("it only reads")
 
     def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
-        raise AssertionError("it only reads")
+        """It deletes what a pool has left behind, and nothing else."""
+        assert (kind, namespace) == (NODES, "")
+        if self.forbidden:
+            raise Forbidden(f"delete nodes/{name}: forbidden")
+        del self.objects[name]
 
     def join(self, pool: dict[str, Any]) -> None:
         """What a pool's machines do."""
