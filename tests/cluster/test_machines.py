@@ -185,18 +185,32 @@ def _machines(system: System, stop: threading.Event, broke: list[Exception]) -> 
         broke.append(e)
 
 
+POWERED_ON = "machines.test/powered-on"
+"""A finalizer: the Node goes when its machine has, as with a real cloud, and never before. A kubelet that outlived its Node would
+register it once more, and nothing would delete that one."""
+
+
 def _follow_nodes(system: System, stop: threading.Event) -> None:
-    running: set[str] = set()
+    running: dict[str, dict[str, Any]] = {}
     while not stop.wait(0.5):
         nodes = {
             n["metadata"]["name"]: n["metadata"] for n in system.get("nodes", "", "-l", "kaito.sh/request")["items"]
         }
-        for name in set(nodes) - running:
-            running.add(name)
-            system.cluster.join(name, gpus=1)
-        for name in [n for n in running if n not in nodes or "deletionTimestamp" in nodes[n]]:
-            running.remove(name)
+        for name in [n for n in nodes if n not in running and "deletionTimestamp" not in nodes[n]]:
+            if _hold(system, nodes[name], [POWERED_ON]):
+                running[name] = nodes[name]
+                system.cluster.join(name, gpus=1)
+        for name in [n for n in running if "deletionTimestamp" in nodes.get(n, {})]:
             system.cluster.leave(name)
+            _hold(system, running.pop(name), [])
+
+
+def _hold(system: System, node: dict[str, Any], finalizers: list[str]) -> bool:
+    """Set the finalizers that belong to this test, beside Karpenter's own; False when the Node is gone."""
+    metadata = {"name": node["name"], "uid": node["uid"], "finalizers": finalizers}
+    obj = {"apiVersion": "v1", "kind": "Node", "metadata": metadata}
+    arguments = ("apply", "--server-side", "--field-manager=machines", "-o", "name", "-f", "-")
+    return bool(system.kubectl(*arguments, stdin=json.dumps(obj), check=False))
 
 
 def test_the_quick_start_through_karpenter(system: System, tmp_path: Path) -> None:
