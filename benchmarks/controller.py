@@ -193,7 +193,7 @@ def workspace(number: int, *, claims: bool = False) -> Object:
             "preset": {"name": "demo-phi-3"},
             "method": "qlora",
             "input": {"urls": ["https://example.com/data.jsonl"]},
-            "output": {"volumeSource": {"hostPath": {"path": f"/out/{number}"}}},
+            "output": {"volumeSource": {"persistentVolumeClaim": {"claimName": f"out-{number}"}}},
         },
     }
 

@@ -83,7 +83,9 @@ def test_the_one_required_value_is_asked_for_in_words() -> None:
 
 
 @needs_helm
-@pytest.mark.parametrize("wrong", ["replicas=0", "imagee.registry=x", "logLevel=loud", "checkpoints.size=big"])
+@pytest.mark.parametrize(
+    "wrong", ["replicas=0", "imagee.registry=x", "logLevel=loud", "checkpoints.size=big", "tenants.templates=all"]
+)
 def test_a_value_that_makes_no_sense_is_refused(wrong: str) -> None:
     done = run_helm("template", "kaito", CHART, "--kube-version=1.31.0", "--set", REGISTRY, "--set", wrong)
     assert done.returncode != 0
@@ -110,7 +112,8 @@ def test_with_a_namespace_to_watch_there_are_no_rights_elsewhere() -> None:
 @needs_helm
 def test_every_flag_is_one_of_kaito_controller_s() -> None:
     settings = ["watchNamespace=a", "image.pullSecrets={s}", "checkpoints.storageClass=c", "podEnv.A=b", "env.C=d",
-                "serving.images.vllm=v", "serving.imageVolumes=false", "serving.modelCache.persistentVolumeClaim.claimName=m"]  # fmt: skip
+                "serving.images.vllm=v", "serving.imageVolumes=false", "serving.modelCache.persistentVolumeClaim.claimName=m",
+                "tenants.volumes={secret,hostPath}", "tenants.templates=any"]  # fmt: skip
     [deployment] = [o for o in rendered(*settings) if o["kind"] == "Deployment"]
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     helped = subprocess.run(
@@ -122,6 +125,7 @@ def test_every_flag_is_one_of_kaito_controller_s() -> None:
     env = {e["name"]: e.get("value") or e["valueFrom"] for e in container["env"]}
     assert env == {"C": "d", "KAITO_POD_ENV": '{"A":"b"}', "POD_IP": ip}
     assert '--model-cache={"persistentVolumeClaim":{"claimName":"m"}}' in container["args"]
+    assert {"--allow-volume=secret", "--allow-volume=hostPath", "--allow-any-template"} <= set(container["args"])
 
 
 @needs_helm

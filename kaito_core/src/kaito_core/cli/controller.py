@@ -88,6 +88,10 @@ def _volume_source(text: str) -> dict[str, object]:
               help="Image of the pods that serve with this runtime (transformers is in the one that tunes); may be repeated.")  # fmt: skip
 @click.option("--model-cache", default="", metavar="JSON", envvar="KAITO_MODEL_CACHE",
               help="A Kubernetes volume source that keeps the files of models for all endpoints.")  # fmt: skip
+@click.option("--allow-volume", "allowed_volumes", multiple=True, metavar="KIND", envvar="KAITO_ALLOW_VOLUME",
+              help="Let Workspaces name volumes of this kind too (hostPath, projected, secret, downwardAPI …); may be repeated.")  # fmt: skip
+@click.option("--allow-any-template", is_flag=True, envvar="KAITO_ALLOW_ANY_TEMPLATE",
+              help="Run pod templates that do not pass Pod Security baseline, under any service account.")  # fmt: skip
 @click.option("--no-image-volumes", is_flag=True, envvar="KAITO_NO_IMAGE_VOLUMES",
               help="Fetch adapters in an init container also where the cluster could mount their images.")  # fmt: skip
 @click.option("--pod-ip", default="", envvar="POD_IP",
@@ -118,6 +122,8 @@ def command(
     serve_after_tuning: str,
     runtime_images: tuple[str, ...],
     model_cache: str,
+    allowed_volumes: tuple[str, ...],
+    allow_any_template: bool,
     no_image_volumes: bool,
     pod_ip: str,
     pod_env: tuple[str, ...],
@@ -133,6 +139,7 @@ def command(
         raise UserError("there is no image for the pods that tune", "give --tuner-image, or set KAITO_TUNER_IMAGE")
     if not QUANTITY.fullmatch(checkpoint_size):
         raise UserError(f"--checkpoint-size: {checkpoint_size!r} is not a size", "write it as Kubernetes does: 20Gi")
+    from kaito_core.api.pod_security import PodSecurity
     from kaito_core.controller.health import address, healthz, metrics_page, readyz, serve
     from kaito_core.controller.json_log import to_stderr
     from kaito_core.controller.metrics import Metrics
@@ -151,6 +158,7 @@ def command(
         serve_after_tuning=serve_after_tuning,
         runtime_images=_pairs("--runtime-image", runtime_images),
         model_cache=_volume_source(model_cache),
+        pod_security=PodSecurity(frozenset(allowed_volumes), allow_any_template),
         image_volumes=not no_image_volumes,
     )
     at_metrics, at_health = address(metrics_address, "--metrics-address"), address(health_address, "--health-address")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kaito_core.api.pod_security import PodSecurity
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +30,8 @@ class Settings:
     """The image of the pods that serve, by runtime. ``transformers`` is in `tuner_image`; another runtime is not used without one."""
     model_cache: Mapping[str, Any] = field(default_factory=dict)
     """A Kubernetes volume source that keeps the files of models, by content, for all endpoints; empty: each pod fetches its own."""
+    pod_security: PodSecurity = field(default_factory=PodSecurity)
+    """What Workspaces may put into pods beyond the default."""
     image_volumes: bool = True
     """Mount the images of adapters where the cluster can (Kubernetes 1.35 and containerd 2.1 or CRI-O 1.31 on every node); else, and
     without it, an init container fetches them."""

@@ -24,6 +24,7 @@ DRAIN = 10.0
 
 def settings(tuner_image: str) -> Settings:
     """What ``kaito controller`` takes from its environment, for those who need more than an image. UserError without one."""
+    from kaito_core.api.pod_security import PodSecurity
     from kaito_core.cli.controller import _pod_env
     from kaito_core.controller.settings import Settings
 
@@ -39,6 +40,10 @@ def settings(tuner_image: str) -> Settings:
         checkpoint_storage_class=os.environ.get("KAITO_CHECKPOINT_STORAGE_CLASS", ""),
         checkpoint_size=os.environ.get("KAITO_CHECKPOINT_SIZE", "20Gi"),
         pod_env=_pod_env(()),
+        pod_security=PodSecurity(
+            frozenset(os.environ.get("KAITO_ALLOW_VOLUME", "").split()),
+            os.environ.get("KAITO_ALLOW_ANY_TEMPLATE", "").lower() in ("1", "true"),
+        ),
     )
 
 

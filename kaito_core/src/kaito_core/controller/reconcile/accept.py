@@ -6,6 +6,7 @@ from kaito_core.api import conditions
 from kaito_core.controller.reconcile.case import Case, find, seconds, words
 from kaito_core.controller.reconcile.nodes import give_up
 from kaito_core.controller.reconcile.observed import WAITING
+from kaito_core.controller.reconcile.tenants import not_allowed
 from kaito_core.kube.kinds import REVISIONS
 
 WAIT = 15.0
@@ -20,6 +21,8 @@ replaced, a cloud that does not answer."""
 def accept(case: Case) -> bool:
     """Whether there is a plan to go on with; the revision is on its way into the history."""
     refusal, problems = case.observed.planned.refusal, case.observed.planned.problems
+    if forbidden := not_allowed(case):
+        refusal, problems = "PolicyRefused", tuple(forbidden)
     if refusal is not None:
         waiting = refusal in WAITING
         message = words(problems)

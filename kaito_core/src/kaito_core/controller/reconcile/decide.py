@@ -15,6 +15,7 @@ from kaito_core.controller.reconcile.nodes import next_candidate, nodes
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.outcome import outcome, release
 from kaito_core.controller.reconcile.serving import needs_serving_plan, retire, serve
+from kaito_core.controller.reconcile.tenants import warn_of_next_revision
 from kaito_core.controller.reconcile.workload import outdated, workload
 from kaito_core.kube.kinds import REVISIONS, Object
 
@@ -33,6 +34,8 @@ def decide(workspace: Object, observed: Observed, world: World) -> Decision:
         outcome(case, case.job)
     else:
         _start(case)
+    if not case.deleting:
+        warn_of_next_revision(case)
     return case.decision()
 
 

@@ -36,6 +36,8 @@ class History:
     """The ControllerRevision to create; None when it is there."""
     surplus: tuple[Object, ...]
     """The oldest ones, beyond what is kept."""
+    recorded: bool = False
+    """Whether the current revision is there, made for this very Workspace: it was accepted once."""
 
 
 def history(workspace: Object, known: Sequence[Object]) -> History:
@@ -44,7 +46,8 @@ def history(workspace: Object, known: Sequence[Object]) -> History:
     ordered = sorted(known, key=lambda r: int(r.get("revision", 0)))
     latest = ordered[-1] if ordered else None
     if latest is not None and _hash(latest) == wanted:
-        return History(Revision(int(latest["revision"]), wanted), None, tuple(ordered[:-HISTORY]))
+        ours = any(o.get("uid") == workspace["metadata"]["uid"] for o in latest["metadata"].get("ownerReferences", ()))
+        return History(Revision(int(latest["revision"]), wanted), None, tuple(ordered[:-HISTORY]), recorded=ours)
     current = Revision((int(latest["revision"]) if latest else 0) + 1, wanted)
     # One state has one object, because its name comes from the hash: that of an earlier time goes first.
     stale = tuple(r for r in ordered if _hash(r) == wanted)

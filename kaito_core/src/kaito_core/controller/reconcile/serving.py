@@ -23,8 +23,10 @@ from kaito_core.controller.reconcile.decision import Deletion, Endpoint
 from kaito_core.controller.reconcile.diagnosis import Trouble, latest, trouble
 from kaito_core.controller.reconcile.machines import machines_are_there
 from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
+from kaito_core.controller.reconcile.observed import Planned
 from kaito_core.controller.reconcile.outcome import PATIENCE, pays_for_nothing, release
 from kaito_core.controller.reconcile.revisions import served_by
+from kaito_core.controller.reconcile.tenants import not_allowed
 from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, PODS, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Plan
 from kaito_core.planning.serving import ServingPlan, TemplatePlan
@@ -250,6 +252,8 @@ def _start(case: Case) -> None:
 def _accepted(case: Case) -> bool:
     """Whether there is a plan. What is served goes on being served while a changed Workspace cannot be."""
     planned = case.observed.planned
+    if forbidden := not_allowed(case):
+        planned = Planned(None, "PolicyRefused", tuple(forbidden))
     if planned.refusal is None and planned.plan is not None:
         case.set(conditions.ACCEPTED, "True", "Planned", words(planned.problems))
         if case.history.missing is not None:
