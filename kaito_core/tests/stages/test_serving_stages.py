@@ -484,11 +484,32 @@ def test_another_model_than_the_presets(job: ServingJob, folders: ServingFolders
 
 
 def test_the_template_that_the_user_names(job: ServingJob, folders: ServingFolders, tmp_path: Path) -> None:
-    named = replace(job, config={"vllm": {"chat-template": str(tmp_path / "gone.jinja")}})
-    assert "gone.jinja is not there" in refused(named, folders).message
-    (tmp_path / "bad.jinja").write_text("{% if %}")
-    bad = replace(job, config={"chat-template": str(tmp_path / "bad.jinja")})
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    named = replace(job, config={"vllm": {"chat-template": str(tmp_path / "mine.jinja")}})
+    assert "leaves out what the user says" in refused(named, folders).message, "a file is never read"
+    bad = replace(job, config={"chat-template": "{% if %}"})
     assert "does not render" in refused(bad, folders).message
+    fetch(job, folders)
+    check(replace(job, config={"vllm": {"chat-template": TEMPLATE}}), folders)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "adapter_config.json"])
+def test_a_link_in_a_volume_reads_no_secret_of_the_pod(
+    job: ServingJob, folders: ServingFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """An image that is mounted as a volume may have links to anywhere; they mean files of the pod."""
+    adapter = write_adapter(tmp_path / "adapter")
+    monkeypatch.setenv("KAITO_ADAPTER_0", str(adapter))
+    of = ServedAdapter("mine", volume={"image": {"reference": "r.io/mine:1"}})
+    fetch(replace(job, adapters=(of,)), folders)
+    (secret := adapter.parent / "secret").write_bytes((adapter / file).read_bytes())
+    (adapter / file).unlink()
+    (adapter / file).symlink_to(secret)
+    with pytest.raises(UserError) as e:
+        fetch(replace(job, adapters=(of,)), folders)
+    assert e.value.problems[0].field == "inference.adapters[0].source.volumeSource"
+    assert f"{file} is a link to" in str(e.value)
+    fetch(replace(job, adapters=(replace(of, volume={"hostPath": {"path": str(adapter)}}),)), folders)
 
 
 def test_names_may_differ_before_the_layers_and_packed_weights_say_no_shape() -> None:

@@ -84,6 +84,23 @@ def test_what_is_not_there_is_named(job: TuningJob, folders: Folders, tmp_path: 
         body(replace(job, data=DataInput(volume={"emptyDir": {}})), folders)
 
 
+def test_a_link_in_a_data_volume_reads_no_secret_of_the_pod(job: TuningJob, folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "password.json").write_text('{"auths": {}}')
+    folders.data.mkdir(parents=True, exist_ok=True)
+    for inside in folders.data.iterdir():
+        inside.unlink()
+    (folders.data / "..data").mkdir()
+    (folders.data / "..data" / "rows.jsonl").write_text("{}\n")
+    (folders.data / "rows.jsonl").symlink_to("..data/rows.jsonl")  # as the kubelet makes a ConfigMap
+    image = replace(job, data=DataInput(volume={"image": {"reference": "r.io/data:1"}}))
+    body(image, folders)
+    (folders.data / "more.json").symlink_to(tmp_path / "password.json")
+    with pytest.raises(UserError, match=r"more\.json is a link to .*, which is not in the volume") as e:
+        body(image, folders)
+    assert e.value.problems[0].field == "tuning.input.volumeSource"
+    body(replace(job, data=DataInput(volume={"hostPath": {"path": str(folders.data)}})), folders)
+
+
 @pytest.mark.skipif(bool(why_no_registry()), reason=why_no_registry())
 def test_data_from_an_image_in_a_registry(
     job: TuningJob, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,15 @@ def test_kaitos_own_file_means_the_defaults() -> None:
     assert RUNTIME.resolve(PHI, kaitos, ()) == DEFAULTS
 
 
+@pytest.mark.parametrize("named", ["/run/kaito/docker/config.json", "../config.json", "mine.jinja"])
+def test_a_chat_template_is_no_file_of_the_container(named: str) -> None:
+    [said] = problems({"transformers": {"chat-template": named}})
+    assert said.startswith(
+        "transformers.chat-template: chat-template must be a Jinja template, or the name of a file of the ConfigMap"
+    )
+    assert RUNTIME.resolve(PHI, {"transformers": {"chat_template": "{{ m }}"}}, ())["chat-template"] == "{{ m }}"
+
+
 def test_names_of_kaito_vllm_and_transformers_serve() -> None:
     user = {"torch_dtype": "float16", "load_in_4bit": True, "gpu-memory-utilization": 0.8, "max_model_len": 4096,
             "pipeline": "text-generation", "device_map": "auto", "trust_remote_code": False}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +93,42 @@ def test_mistakes_are_said_in_words_with_a_remedy(user: Any, words: str) -> None
 def test_everything_that_is_wrong_is_said_at_once() -> None:
     text = complaint({"vlm": {}, "vllm": {"port": 80, "max-model-length": 1, "dtype": "float64"}})
     assert text.count("error:") == 4
+
+
+SECRET = "/run/kaito/docker/config.json"
+LIKE_FILES = re.compile(r"path|file|dir|folder|template|plugin|tokenizer|lora|media|overrides|loader|config$|uds|ssl")
+"""Words in the names of flags that take files, folders, or a whole configuration of something."""
+
+REVIEWED = {
+    "chat-template": "only a template passes",
+    "generation-config": "only auto and vllm pass",
+    "lora-target-modules": "names of modules", "max-lora-cls-labels": "a number",
+    "io-processor-plugin": "the name of an entry point of the image", "profiler-config": "written, and not read",
+    "allowed-media-domains": "hosts of URLs in requests", "media-io-kwargs": "numbers of frames and the like",
+    "tokenizer-mode": "the name of a class", "tokenizer-revision": "of the preset's own tokenizer",
+    "default-chat-template-kwargs": "variables of the template", "hf-overrides": "fields of config.json",
+    "model-loader-extra-config": "of the preset's own weights", "model-class-overrides": "classes of the image",
+    **dict.fromkeys(
+        ("additional-config", "attention-config", "aux-output-config", "compilation-config", "diffusion-config", "ec-manager-config",
+         "ec-transfer-config", "engram-config", "eplb-config", "fault-tolerance-config", "kernel-config", "kv-events-config",
+         "kv-transfer-config", "logging-config", "override-generation-config", "pooler-config", "quantization-config",
+         "reasoning-config", "speculative-config", "structured-outputs-config", "watermark-config", "weight-transfer-config"),
+        "settings of a part of the engine; what a path in them names comes back in no answer",
+    ),
+}  # fmt: skip
+
+
+def test_every_flag_that_may_name_a_file_was_looked_at() -> None:
+    """What vLLM reads of a file of the container may come back in an answer or an error. A new version may add flags: look at them."""
+    taking = {f.name for f in known().flags.values() if f.type in ("text", "json", "json or text") and not f.choices}
+    assert {n for n in taking - set(REFUSED) if LIKE_FILES.search(n)} == {n for n in REVIEWED if n in taking}
+
+
+@pytest.mark.parametrize("named", [SECRET, "../../etc/passwd", "mine.jinja"])
+def test_a_path_of_the_container_is_no_chat_template(named: str) -> None:
+    assert "vllm.chat-template: " in complaint({"vllm": {"chat-template": named}})
+    assert vllm({"chat-template": "{{ messages }}"})["chat-template"] == "{{ messages }}"
+    assert "vllm.generation-config" in complaint({"vllm": {"generation-config": named}})
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kaito_core.plugins.types import ChatFormat, ModelSource
+from kaito_core.problems import UserError
 from kaito_core.workloads.job import Folders, TuningJob
 from kaito_tuner_qlora import artifact
 
@@ -53,11 +54,22 @@ def test_a_model_without_a_template_gives_an_adapter_without_one(make_job: Any, 
     assert json.loads((adapter / "kaito.json").read_text())["chat_template_digest"] == ""
 
 
-def test_a_template_of_the_user_counts_first(make_job: Any, folders: Folders, tmp_path: Path) -> None:
-    (tmp_path / "mine.jinja").write_text("{{ mine }}")
-    for asked, expected in ((str(tmp_path / "mine.jinja"), "{{ mine }}"), ("{{ m }}" * 100, "{{ m }}" * 100)):
-        adapter = written(make_job(ModelConfig={"chat_template": asked}), folders)
-        assert (adapter / "chat_template.jinja").read_text() == expected
+def test_a_template_of_the_user_counts_first(make_job: Any, folders: Folders) -> None:
+    adapter = written(make_job(ModelConfig={"chat_template": "{{ m }}" * 100}), folders)
+    assert (adapter / "chat_template.jinja").read_text() == "{{ m }}" * 100
+
+
+def test_no_file_of_the_container_gets_into_the_adapter(make_job: Any, folders: Folders, tmp_path: Path) -> None:
+    """The registry's password stood there, if the training's ConfigMap named it; also in a job that was planned before."""
+    (tmp_path / "config.json").write_text('{"auths": {"r.io": {"auth": "c2VjcmV0"}}}')
+    with pytest.raises(UserError, match="chat_template"):
+        make_job(ModelConfig={"chat_template": str(tmp_path / "config.json")})
+    planned = make_job()
+    planned = replace(
+        planned, config={**planned.config, "ModelConfig": {"chat_template": str(tmp_path / "config.json")}}
+    )
+    adapter = written(planned, folders)
+    assert not any(b"c2VjcmV0" in p.read_bytes() for p in adapter.rglob("*") if p.is_file())
 
 
 def test_an_adapter_of_a_model_in_a_folder_names_no_path_of_this_machine(make_job: Any, folders: Folders) -> None:

@@ -21,9 +21,13 @@ KEPT: Final = 15.0
 
 
 def digest(data: Mapping[str, str] | None) -> str:
-    """Twelve hexadecimal characters that say what settings a ConfigMap with this ``data`` has; empty for None. What else is in it does
-    not count."""
-    return "" if data is None else hashlib.sha256(str(data.get(CONFIG_KEY, "")).encode()).hexdigest()[:12]
+    """Twelve hexadecimal characters that say what settings a ConfigMap with this ``data`` has, and the templates (``*.jinja``) that they
+    name; empty for None. What else is in it does not count."""
+    if data is None:
+        return ""
+    text = str(data.get(CONFIG_KEY, ""))
+    templates = [str(data[k]) for k in sorted(data) if k.endswith(".jinja") and k in text]
+    return hashlib.sha256("\0".join([text, *templates]).encode()).hexdigest()[:12]
 
 
 class Configs:

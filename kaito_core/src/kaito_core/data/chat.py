@@ -78,19 +78,6 @@ def special_tokens(model_folder: Path) -> dict[str, str]:
     return found
 
 
-def given_template(asked: str) -> str:
-    """The template that a training configuration asks for: as it is, or from the file that it names. Raises `UserError`."""
-    if not asked or "{" in asked:
-        return asked
-    try:
-        return Path(asked).read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not text"
-        message = f"the chat template {asked!r} cannot be read: {reason}"
-        field = "training_config.ModelConfig.chat_template"
-        raise UserError(message, "give the template itself, or the path of its file", field=field) from e
-
-
 def model_template(model_folder: Path) -> str:
     """The chat template in a model's own files: chat_template.jinja, or else ``chat_template`` of tokenizer_config.json (of several
     the one called ``default``). Empty when there is none. Raises `UserError` for a file that cannot be read."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kaito_core.data.cache import digest_file
-from kaito_core.data.chat import ChatError, Rendered, given_template
+from kaito_core.data.chat import ChatError, Rendered
 from kaito_core.data.doctor import BadData, Doctor, Report
 from kaito_core.data.formats import MOST_PROBLEMS, Conversation, Text, samples
 from kaito_core.data.packing import pack
@@ -65,7 +65,7 @@ def prepare(
     max_length = min(max_length, sequence or max_length)
     fraction = _fraction(dataset)
     paths = [p for given in files for p in (data_files(given) if given.is_dir() else [given])]
-    template = given_template(str(_section(config, "ModelConfig").get("chat_template") or ""))
+    template = str(_section(config, "ModelConfig").get("chat_template") or "")
     tokenizer = ChatTokenizer(tokenizer_dir, replace(preset.chat, template=template) if template else preset.chat)
     doctor = Doctor(tokenizer, max_length)
     forms, rows = samples(read_rows(paths), dataset)

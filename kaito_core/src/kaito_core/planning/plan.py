@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kaito_core.planning import catalogue
 from kaito_core.planning.choice import By
+from kaito_core.planning.config_files import with_templates
 from kaito_core.planning.placement import Candidate, candidates, refusal, same_fit
 from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, InferenceRuntime, Offer, Preset, Requirements, Tuner, TuningFit
@@ -340,7 +341,7 @@ def _training_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
             "with the sections ModelConfig, QuantizationConfig, LoraConfig, TrainingArguments, DataCollator, DatasetConfig",
             field="tuning.config",
         )
-    return dict(parsed["training_config"])
+    return with_templates(parsed["training_config"], catalog.config_maps[name], "training_config")
 
 
 class _Training:

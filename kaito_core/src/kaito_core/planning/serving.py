@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kaito_core.planning.choice import By
+from kaito_core.planning.config_files import with_templates
 from kaito_core.planning.placement import Candidate, candidates, refusal, same_fit, why_not
 from kaito_core.planning.plan import (
     Catalog,
@@ -339,7 +340,7 @@ def _user_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
             "write for example `vllm:` with the engine's settings below it",
             field="inference.config",
         )
-    return parsed or None
+    return with_templates(parsed, catalog.config_maps[name], CONFIG_FIELD) if parsed else None
 
 
 def _adapters(specs: Sequence[AdapterSpec], tuned: tuple[ServedAdapter, ...]) -> tuple[ServedAdapter, ...]:

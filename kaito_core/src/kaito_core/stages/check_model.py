@@ -118,13 +118,7 @@ def _own_template(job: ServingJob, folder: Path, events: Progress) -> list[Probl
     """The template that the user names has to work; with the model's own, completions without a conversation work anyway."""
     named = _setting(job.config, "chat-template")
     if isinstance(named, str) and named:
-        text = named
-        if "{" not in named:
-            path = Path(named) if Path(named).is_absolute() else folder / named
-            if not path.is_file():
-                return [Problem(f"the chat template {named} is not there", "check the path", "inference.config")]
-            text = _text(path)
-        return _rendered(text, job.preset, folder, "the chat template of the inference configuration")
+        return _rendered(named, job.preset, folder, "the chat template of the inference configuration")
     own = job.preset.chat.template or model_template(folder)
     if not own:
         events.message("the model has no chat template: it completes text, and does not hold a conversation")

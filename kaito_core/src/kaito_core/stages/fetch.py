@@ -12,6 +12,7 @@ from kaito_core.problems import UserError
 from kaito_core.progress import Progress
 from kaito_core.stages import model_files
 from kaito_core.stages.process import cache
+from kaito_core.stages.volume import stay_inside
 from kaito_core.workloads.job import Folders, TuningJob
 
 
@@ -31,6 +32,7 @@ def _data(job: TuningJob, folders: Folders, events: Progress) -> list[Path]:
             raise UserError(
                 f"the data volume is empty: {folders.data}", "put the data files there", field="tuning.input"
             )
+        stay_inside(found, folders.data, job.data.volume, "tuning.input.volumeSource")
         events.message(f"data: {len(found)} file(s) in the volume")
         return found
     if job.data.image:

@@ -17,6 +17,7 @@ from kaito_core.progress import Progress
 from kaito_core.stages import model_files
 from kaito_core.stages.cached_folder import link_files
 from kaito_core.stages.process import ServingFolders
+from kaito_core.stages.volume import stay_inside
 from kaito_core.workloads.serving import ServingJob
 
 ANNOTATIONS = ".image.json"
@@ -71,6 +72,7 @@ def _from_volume(adapter: ServedAdapter, number: int, into: Path, field: str) ->
             f"put {' and '.join(NEEDED)} there",
             field=f"{field}.source.volumeSource",
         )
+    stay_inside(found[0].iterdir(), Path(volume), adapter.volume or {}, f"{field}.source.volumeSource")
     (into / ANNOTATIONS).unlink(missing_ok=True)
     _link(found[0], into)
     return str(found[0])

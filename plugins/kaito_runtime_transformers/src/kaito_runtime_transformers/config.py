@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kaito_core.planning.config_files import is_template
 from kaito_core.plugins.types import Preset, ServedAdapter
 from kaito_core.problems import Problem, UserError
 
@@ -45,6 +46,11 @@ def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
     return lambda v: type(v) is int and least <= v <= most
 
 
+def _template(value: Any) -> bool:
+    """Planning has put the text of a file of the ConfigMap in the place of its name: no other file is read."""
+    return isinstance(value, str) and (not value or is_template(value))
+
+
 def _one_of(*values: Any) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, str) and v in values
 
@@ -59,7 +65,7 @@ FIELDS: Final[Mapping[str, Field]] = {
     "cb-block-size": Field("a whole number of tokens from 16 to 4096", _whole(16, 4096), 64),
     "cb-max-batch-tokens": Field("a whole number of tokens, at least 16, or nothing", lambda v: v is None or _whole(16)(v), None),
     "max-lora-rank": Field("a whole number from 1 to 1024", _whole(1, 1024), MAX_RANK),
-    "chat-template": Field("a Jinja template, or the name of a file beside the weights", lambda v: isinstance(v, str), ""),
+    "chat-template": Field("a Jinja template, or the name of a file of the ConfigMap with one", _template, ""),
     "memory-share": Field(
         "a number above 0 and at most 1, or nothing",
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1),

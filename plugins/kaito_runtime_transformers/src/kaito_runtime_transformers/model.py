@@ -62,7 +62,7 @@ def load(job: ServingJob, weights: Path, adapters: Path) -> Loaded:
     # ``generate`` would fill whatever a request leaves open from the repository's own suggestions; batches would not.
     model.generation_config = transformers.GenerationConfig(eos_token_id=list(eos) or None)
     own = _stop_ids(tokenizer, job.preset.chat.stop_tokens) + eos
-    template = _template(job, weights)
+    template = _template(job)
     voices = {n: Voice(job.preset.name, "", template, own) for n in (job.preset.name, *job.preset.aliases)}
     peft: PeftModel | None = None
     for number, adapter in enumerate(job.adapters):
@@ -156,20 +156,9 @@ def _stop_ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     return tuple(i for i in ids if i is not None)
 
 
-def _template(job: ServingJob, weights: Path) -> str | None:
+def _template(job: ServingJob) -> str | None:
     """The user's chat template, or the preset's; None: the model's own."""
-    asked = job.config["chat-template"]
-    if not asked:
-        return job.preset.chat.template or None
-    if "{" in asked:
-        return str(asked)
-    path = Path(asked) if Path(asked).is_absolute() else weights / asked
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"the chat template {asked} cannot be read: {e}", "check the path", field="inference.config"
-        ) from e
+    return job.config["chat-template"] or job.preset.chat.template or None
 
 
 def device_memory(device: str) -> int:

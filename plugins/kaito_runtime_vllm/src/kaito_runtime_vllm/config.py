@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from kaito_core.planning.config_files import is_template
 from kaito_core.plugins.types import Preset, ServedAdapter
 from kaito_core.problems import Problem, UserError
 from kaito_runtime_vllm import flags, layout
@@ -36,6 +37,7 @@ _TLS = "the endpoint speaks plain HTTP inside the cluster: let an ingress or a g
 _MODEL = "the preset says which model is served"
 _LAYOUT = "the plan lays the machines out; set tensor-, pipeline- or data-parallel-size where you know better"
 _TEXT = "the endpoint answers text with text"
+_FILES = "it names files of the container, the passwords of registries among them; a chat template can be a file of the ConfigMap"
 
 REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(("host", "port", "uds", "grpc", "grpc-port"), _LISTENS),
@@ -52,6 +54,9 @@ REFUSED: Final[Mapping[str, str]] = {
                      "data-parallel-rpc-port", "data-parallel-backend", "data-parallel-hybrid-lb", "data-parallel-external-lb",
                      "data-parallel-multi-port-external-lb", "data-parallel-supervisor-port"), _LAYOUT),
     **dict.fromkeys(("runner", "convert", "skip-tokenizer-init", "tokens-only"), _TEXT),
+    **dict.fromkeys(("allowed-local-media-path", "hf-config-path", "tokenizer", "log-config-file", "tool-parser-plugin",
+                     "reasoning-parser-plugin", "default-mm-loras", "mm-encoder-fp8-scale-path",
+                     "mm-encoder-fp8-scale-save-path"), _FILES),
 }  # fmt: skip
 """Flags that would break what kaito promises about an endpoint, and the reason."""
 
@@ -205,12 +210,15 @@ def _check(preset: Preset, vllm: Mapping[str, Any]) -> Iterator[Problem]:
     if pipeline > a.layers:
         text = f"{preset.name} has {a.layers} layers, which {pipeline} stages cannot share"
         yield Problem(text, f"at most {a.layers}", "vllm.pipeline-parallel-size")
-    for name, names, plugin in (
-        ("tool-call-parser", known().tool_parsers, "tool-parser-plugin"),
-        ("reasoning-parser", known().reasoning_parsers, "reasoning-parser-plugin"),
-        ("quantization", known().quantizations, ""),
+    if vllm.get("chat-template") and not is_template(vllm["chat-template"]):
+        yield Problem(f"{vllm['chat-template'][:60]!r} is neither a template nor a file of the ConfigMap",
+                      "write the template itself, or put it into the ConfigMap as a key of its own", "vllm.chat-template")  # fmt: skip
+    for name, names in (
+        ("tool-call-parser", known().tool_parsers),
+        ("reasoning-parser", known().reasoning_parsers),
+        ("quantization", known().quantizations),
     ):
-        if vllm.get(name) and vllm[name] not in names and not vllm.get(plugin):
+        if vllm.get(name) and vllm[name] not in names:
             remedy = suggestion(vllm[name], names) or f"one of {', '.join(names)}"
             yield Problem(f"vLLM {known().version} has no {name} {vllm[name][:60]!r}", remedy, f"vllm.{name}")
     if vllm.get("generation-config", "auto") not in ("auto", "vllm"):

@@ -68,8 +68,7 @@ def look(job: ServingJob, environ: Mapping[str, str]) -> Here:
     _free(here.host, here.port)
     scratch = _scratch(environ)
     pinned = _adapters(job, environ, scratch)
-    asked = vllm.get("chat-template", "")
-    template = _users_template(asked) if asked else adapters.template_of(pinned, job.preset)
+    template = vllm.get("chat-template") or adapters.template_of(pinned, job.preset)
     if template:
         (scratch / "chat_template.jinja").write_text(template, encoding="utf-8")
     neutral = vllm.get("generation-config") == "vllm"
@@ -135,16 +134,6 @@ def _adapters(job: ServingJob, environ: Mapping[str, str], scratch: Path) -> tup
     if problems:
         raise UserError(problems)
     return tuple(found)
-
-
-def _users_template(asked: str) -> str:
-    """The user's own template: a file of the container, or the template itself."""
-    if "{" in asked or "\n" in asked:
-        return asked
-    if not Path(asked).is_file():
-        raise UserError(f"there is no chat template at {asked[:200]!r}", "name a file of the image, or write the template itself",
-                        field="vllm.chat-template")  # fmt: skip
-    return adapters.read_text(Path(asked))
 
 
 def _scratch(environ: Mapping[str, str]) -> Path:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kaito_core.data.chat import TEMPLATE, completed, given_template
+from kaito_core.data.chat import TEMPLATE, completed
 from kaito_core.workloads.job import Folders, TuningJob
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def chat_template(job: TuningJob, weights: Path) -> str:
     """The template that the data was rendered with: the user's, the preset's, or the one in the model's own files; empty when there
     is none."""
     asked: str = job.config.get("ModelConfig", {}).get("chat_template") or ""
-    return given_template(asked) or completed(job.preset.chat, weights).template
+    return asked or completed(job.preset.chat, weights).template
 
 
 def write(adapter: PeftModel | Path, job: TuningJob, folders: Folders, metrics: dict[str, Any]) -> Path:

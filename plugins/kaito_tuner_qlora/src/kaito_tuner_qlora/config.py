@@ -73,7 +73,9 @@ REFUSED: dict[str, dict[str, str]] = {
                          "torch_compile_mode"], "this tuner does not have it"),
     "LoraConfig": {"modules_to_save": "whole modules in an adapter are not loaded by serving engines",
                    "trainable_token_indices": "the embeddings stay frozen",
-                   "loftq_config": "it quantises again, which the base model of the preset already is"},
+                   "loftq_config": "it quantises again, which the base model of the preset already is",
+                   "corda_config": "it names files of the container, and no setting names one",
+                   "megatron_config": "this tuner does not have it", "megatron_core": "this tuner does not have it"},
 }  # fmt: skip
 
 FUSED = {

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from kaito_core.planning.config_files import is_template
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -21,6 +23,13 @@ def _without_torch(value: Any) -> Any:
     return {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}.get(
         short, short
     )
+
+
+def _template(text: str) -> str:
+    """Planning has put the text of a file of the ConfigMap in the place of its name: no other file is read."""
+    if text and not is_template(text):
+        raise ValueError("neither a template nor a file of the ConfigMap: write the template itself")
+    return text
 
 
 def _no(value: Any) -> Any:
@@ -51,8 +60,9 @@ class ModelConfig(Section):
         description="Attention kernel. Default auto: flash_attention_2 where it is installed, else PyTorch's own kernel "
         "called once per packed example, which needs no mask.",
     )
-    chat_template: str | None = Field(
-        None, description="A Jinja chat template, or the path of one, in place of the preset's own."
+    chat_template: Annotated[str, AfterValidator(_template)] | None = Field(
+        None,
+        description="A Jinja chat template, or the name of a file of the same ConfigMap with one, in place of the preset's own.",
     )
     local_files_only: bool = Field(
         True, description="Always true: the weights were fetched before the training starts."
