@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from kaito_core.addresses import Zone, checked, guarded_transport, refusal
 from kaito_core.data import download as downloading
-from kaito_core.data.addresses import checked, refusal
 from kaito_core.data.fetch import FetchedFile, fetch
 from kaito_core.problems import Failure, KaitoError, UserError
 
@@ -255,12 +255,10 @@ def test_a_name_that_resolves_differently_the_second_time_gains_nothing(server: 
     """DNS rebinding: the connection goes to the address that was checked, and the name is not looked up again."""
     import httpx
 
-    from kaito_core.data.addresses import guarded_transport
-
     answers = [["127.0.0.1"], ["169.254.169.254"]]
     port = server.url.rpartition(":")[2]
     server.files["/a.jsonl"] = b"{}"
-    transport = guarded_transport(allow_private=True, resolver=lambda host, port: answers.pop(0))
+    transport = guarded_transport(Zone.LOOPBACK, resolver=lambda host, port: answers.pop(0))
     with httpx.Client(transport=transport) as client:
         assert client.get(f"http://data.example:{port}/a.jsonl").content == b"{}"
         assert server.asked("/a.jsonl")[0]["host"] == f"data.example:{port}"
@@ -274,16 +272,16 @@ def test_a_name_that_resolves_differently_the_second_time_gains_nothing(server: 
         ("1.1.1.1", True), ("2606:4700::1111", True), ("64:ff9b::101:101", True),
         ("10.0.0.1", False), ("172.16.3.4", False), ("192.168.1.1", False), ("100.64.0.1", False), ("100.100.100.200", False),
         ("0.0.0.0", False), ("224.0.0.1", False), ("::", False), ("fd00:ec2::254", False), ("::ffff:10.0.0.1", False),
-        ("64:ff9b::a9fe:a9fe", False), ("2002:0a00:0001::", False),
+        ("64:ff9b::a9fe:a9fe", False), ("::127.0.0.1", False), ("64:ff9b:1::a00:1", False), ("2002:0a00:0001::", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, allowed: bool) -> None:
-    assert (refusal(ipaddress.ip_address(address), allow_private=False) == "") == allowed
+    assert (refusal(ipaddress.ip_address(address), Zone.PUBLIC) == "") == allowed
 
 
 def test_one_bad_address_of_several_is_enough() -> None:
     with pytest.raises(UserError):
-        checked("x", 443, allow_private=False, resolver=lambda host, port: ["1.1.1.1", "10.0.0.1"])
+        checked("x", 443, Zone.PUBLIC, resolver=lambda host, port: ["1.1.1.1", "10.0.0.1"])
 
 
 def test_a_downgrade_to_http_and_other_schemes_are_not_followed(server: Any, tmp_path: Path) -> None:

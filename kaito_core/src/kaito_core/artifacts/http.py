@@ -2,7 +2,10 @@
 
 Rules that everything here keeps:
 
-* HTTPS, except to this machine itself and to hosts that ``KAITO_INSECURE_REGISTRIES`` lists (comma separated).
+* HTTPS, except to this machine itself and to hosts that ``KAITO_INSECURE_REGISTRIES`` lists (comma separated); who was asked over
+  HTTPS sends nobody on to plain HTTP.
+* The registry that the user named may be in any network. What it names – redirects, upload locations, the token server – may be
+  where it is itself or further out (`kaito_core.addresses.Zone`), and never nearer to us.
 * ``Authorization`` goes to the registry's own scheme, host and port only, however it redirects us, and to the token server
   that it names; that one must be HTTPS unless the registry itself is plain HTTP.
 * What the other side sends is read up to a bound.
@@ -10,16 +13,26 @@ Rules that everything here keeps:
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
+from kaito_core.addresses import (
+    LEAST,
+    ZONES,
+    ForbiddenAddress,
+    Resolve,
+    Zone,
+    guarded_transport,
+    is_loopback,
+    private_addresses_allowed,
+    resolve,
+)
 from kaito_core.artifacts import errors
 from kaito_core.artifacts.auth import basic, choose, read_token, token_request
 from kaito_core.artifacts.credentials import Credentials
@@ -60,6 +73,7 @@ class RegistryHttp:
         *,
         attempts: int,
         sleep: Callable[[float], None] = time.sleep,
+        resolver: Resolve = resolve,
     ) -> None:
         host = "registry-1.docker.io" if reference.registry == DOCKER_HUB else reference.registry
         self.reference = reference
@@ -68,9 +82,10 @@ class RegistryHttp:
         self.attempts = attempts
         self.sleep = sleep
         self._authorization: dict[str, str] = {}
-        # Proxies are for other machines; a registry on this one is spoken to directly.
+        self._least = {_origin(self.base): Zone.LOOPBACK}
+        """The nearest zone that a host may be in, by origin: that of the one who named it."""
         self._client = httpx.Client(
-            timeout=TIMEOUT, trust_env=not is_loopback(self.base.host), headers={"User-Agent": "kaito"}
+            transport=guarded_transport(Zone.PUBLIC, resolver), timeout=TIMEOUT, headers={"User-Agent": "kaito"}
         )
 
     def __enter__(self) -> Self:
@@ -79,18 +94,29 @@ class RegistryHttp:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def url(self, target: str) -> httpx.URL:
-        """``target`` as an absolute URL; relative ones, and those that the registry sends, start at the repository."""
+    def follow(self, response: httpx.Response, address: str) -> httpx.URL:
+        """Where an answer sends us on to: a redirect, an upload location, a token server. `RegistryError` when nothing may be sent there."""
+        sender = response.url
         try:
-            url = self.base.join(target)
+            url = sender.join(address)
         except (httpx.InvalidURL, ValueError) as e:
             raise self.error(f"the registry sent an address that is none: {e}") from None
-        if url.scheme == "https" or (url.scheme == "http" and plain_http_allowed(_host_and_port(url))):
-            return url
-        raise self.error(
-            f"the registry points to {url.scheme}://{url.host}, which is not encrypted",
-            f"if that host may be trusted, list it in {INSECURE_VARIABLE}",
-        )
+        downgrade = url.scheme == "http" and sender.scheme == "https"
+        if (
+            url.scheme not in ("http", "https")
+            or downgrade
+            or not (url.scheme == "https" or plain_http_allowed(_host_and_port(url)))
+        ):
+            raise self.error(
+                f"the registry points to {url.scheme}://{url.host}, which is not encrypted; nothing was sent there",
+                "ask those who run the registry"
+                if downgrade
+                else f"if that host may be trusted, list it in {INSECURE_VARIABLE}",
+            )
+        if _origin(url) != _origin(self.base) and not private_addresses_allowed():
+            named_by = max(response.extensions[ZONES])
+            self._least[_origin(url)] = max(named_by, self._least.get(_origin(url), named_by))
+        return url
 
     def error(self, message: str, remedy: str = "ask those who run the registry") -> errors.RegistryError:
         """A `RegistryError` about the reference that is not about a status."""
@@ -123,7 +149,7 @@ class RegistryHttp:
         ``doing`` says in an infinitive what it is for, and asks for the right to push if it begins with "push". Raises
         `Again` or `RegistryError`.
         """
-        url = self.url(target)
+        url = self.base.join(target)
         scope = f"repository:{self.reference.repository}:{'pull,push' if doing.startswith('push') else 'pull'}"
         for logged_in in (False, True):
             with self._exchange(method, url, scope, headers or {}, body) as response:
@@ -158,11 +184,10 @@ class RegistryHttp:
                 sent["Authorization"] = self._authorization[scope]
             who = f"the {'registry' if _origin(url) == _origin(self.base) else 'storage'} {_host_and_port(url)}"
             with self._network(who):
-                request = self._client.build_request(method, url, headers=sent, content=body() if body else None)
-                response = self._client.send(request, stream=True)
+                response = self._send(method, url, headers=sent, content=body() if body else None)
             try:
                 if method in ("GET", "HEAD") and response.status_code in _REDIRECTS and "Location" in response.headers:
-                    url = self.url(str(url.join(response.headers["Location"])))
+                    url = self.follow(response, response.headers["Location"])
                     continue
                 with self._network(who):
                     yield response
@@ -171,10 +196,24 @@ class RegistryHttp:
                 response.close()
         raise self.error("the registry redirects without end")
 
+    def _send(self, method: str, url: httpx.URL, **parts: Any) -> httpx.Response:
+        """One request to where it may go; the answer is still open. The registry's own name keeps to the zone that it was found in first."""
+        least = self._least.get(_origin(url), Zone.LOOPBACK if private_addresses_allowed() else Zone.PUBLIC)
+        request = self._client.build_request(method, url, extensions={LEAST: least}, **parts)
+        response = self._client.send(request, stream=True)
+        if _origin(url) == _origin(self.base):
+            self._least[_origin(url)] = min(response.extensions[ZONES])
+        return response
+
     @contextmanager
     def _network(self, who: str) -> Iterator[None]:
         try:
             yield
+        except ForbiddenAddress as e:
+            raise self.error(
+                f"{who}: {e.fact}; nothing was sent there",
+                "ask those who run the registry; to allow private networks set KAITO_ALLOW_PRIVATE_ADDRESSES=1",
+            ) from None
         except httpx.TransportError as e:
             cause = (
                 f"no answer in time ({type(e).__name__})"
@@ -201,19 +240,12 @@ class RegistryHttp:
                 raise errors.wrong_credentials(self.reference, "", 401, said)
             return basic(self.credentials)
         wanted = token_request(challenge, scope, self.credentials)
-        try:
-            url = httpx.URL(wanted.url).copy_merge_params(wanted.query)
-        except httpx.InvalidURL as e:
-            raise self.error(f"the registry names a token server that is no address: {e}") from None
-        if url.scheme != "https" and not (url.scheme == "http" and self.base.scheme == "http"):
-            raise self.error(
-                f"the registry wants the log-in sent to {url.scheme}://{url.host}, which is not encrypted; nothing was sent"
-            )
+        if "://" not in wanted.url:
+            raise self.error(f"the registry names a token server that is no address: {wanted.url[:80]!r}")
+        url = self.follow(refusal, wanted.url).copy_merge_params(wanted.query)
         with self._network(f"the token server {_host_and_port(url)}"):
-            request = self._client.build_request(
-                "POST" if wanted.form else "GET", url, headers=wanted.headers, data=wanted.form or None
-            )
-            response = self._client.send(request, stream=True)
+            method = "POST" if wanted.form else "GET"
+            response = self._send(method, url, headers=wanted.headers, data=wanted.form or None)
             try:
                 content = read_bounded(response, errors.MAX_ERROR_BYTES)
             finally:
@@ -240,16 +272,6 @@ def plain_http_allowed(host: str) -> bool:
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     listed = {h.strip().lower() for h in os.environ.get(INSECURE_VARIABLE, "").split(",")} - {""}
     return is_loopback(name.strip("[]")) or host.lower() in listed or name.lower() in listed
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address means this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def read_bounded(response: httpx.Response, limit: int = MAX_MANIFEST_BYTES) -> bytes:

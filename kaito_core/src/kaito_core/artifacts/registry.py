@@ -17,6 +17,7 @@ from typing import Self
 
 import httpx
 
+from kaito_core.addresses import Resolve, resolve
 from kaito_core.artifacts.credentials import Credentials
 from kaito_core.artifacts.errors import RegistryError
 from kaito_core.artifacts.http import Again, Body, RegistryHttp, read_bounded
@@ -52,10 +53,11 @@ class RegistryClient:
         attempts: int = 5,
         chunk_bytes: int = CHUNK_BYTES,
         sleep: Callable[[float], None] = time.sleep,
+        resolver: Resolve = resolve,
     ) -> None:
         self.reference = reference
         self.chunk_bytes = chunk_bytes
-        self._http = RegistryHttp(reference, credentials, attempts=attempts, sleep=sleep)
+        self._http = RegistryHttp(reference, credentials, attempts=attempts, sleep=sleep, resolver=resolver)
 
     def __enter__(self) -> Self:
         self._http.__enter__()
@@ -158,8 +160,14 @@ class RegistryClient:
         """Prove the right to push: start an upload and cancel it. Nothing stays. Raises `RegistryError`."""
         location = self._http.retry(self._start)
         # The right is proven by now; a registry that cannot cancel drops by itself what is never finished.
-        with contextlib.suppress(Again, RegistryError):
-            self._http.once("DELETE", location, doing="push to it", ok=(200, 202, 204), receive=lambda _: None)
+        with contextlib.suppress(Again):
+            try:
+                self._http.once("DELETE", location, doing="push to it", ok=(200, 202, 204), receive=lambda _: None)
+            except RegistryError as e:
+                if (
+                    not e.status
+                ):  # nothing may be sent to where it wants the upload: the push would fail for the same reason
+                    raise
 
     def _start(self) -> str:
         """Open an upload session; its address."""
@@ -176,7 +184,7 @@ class RegistryClient:
         location = response.headers.get("Location", "")
         if not location:
             raise self._http.error("the registry did not say where to upload to")
-        return str(self._http.url(str(response.url.join(location))))
+        return str(self._http.follow(response, location))
 
     def _upload_whole(self, pieces: Pieces, descriptor: Descriptor, on_bytes: OnBytes) -> None:
         # A session that broke within its only request is in an unknown state: every try has its own.

@@ -89,7 +89,7 @@ def _tokenizer(preset: Preset, model_folder: Path | None) -> Path:
 
 def _paths(files: tuple[str, ...]) -> list[Path]:
     """The files to read: local ones where they are, the others downloaded into the cache."""
-    from kaito_core.data.addresses import private_addresses_allowed
+    from kaito_core.addresses import private_addresses_allowed
     from kaito_core.data.fetch import fetch
     from kaito_core.data.sources import parse_sources
     from kaito_core.local.home import cache_folder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kaito_core.data.addresses import private_addresses_allowed
+from kaito_core.addresses import private_addresses_allowed
 from kaito_core.local.home import cache_folder, model_folders
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue

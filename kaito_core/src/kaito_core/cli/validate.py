@@ -61,8 +61,8 @@ def command(context: click.Context, files: tuple[str, ...], as_json: bool) -> No
 
     FILE may be given several times; '-' reads standard input. The exit code is 0 when there is no error, else 2.
     """
+    from kaito_core.addresses import private_addresses_allowed
     from kaito_core.api import load_documents
-    from kaito_core.data.addresses import private_addresses_allowed
 
     documents = load_documents(files, allow_private=private_addresses_allowed())
     problems = [*documents.problems, *extra_checks(documents)]

@@ -12,16 +12,15 @@ import os
 import re
 import shutil
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from kaito_core import __version__
-from kaito_core.data.addresses import Resolve, checked, guarded_transport, resolve, tls
+from kaito_core.addresses import Resolve, guarded_transport, least_zone, resolve
 from kaito_core.data.cache import BlobCache, Entry, Partial, digest_file
 from kaito_core.data.sources import HUB, Source, hub_endpoint, redacted
 from kaito_core.problems import Failure, Problem, UserError
@@ -141,10 +140,7 @@ def _follow(
         authorised = (
             {**headers, "Authorization": f"Bearer {policy.token}"} if policy.token and only_hub else dict(headers)
         )
-        try:
-            transport = _transport(url, policy)
-        except UserError as e:
-            raise _at(e, source, field) from None
+        transport = guarded_transport(least_zone(allow_private=policy.allow_private), policy.resolver)
         with httpx.Client(transport=transport, timeout=httpx.Timeout(60, connect=15)) as client:
             try:
                 response = client.send(client.build_request("GET", url, headers=authorised), stream=True)
@@ -234,22 +230,6 @@ def _take(
     entry = Entry(digest, start, etag, modified)
     cache.remember(source.url, entry)
     return entry
-
-
-def _transport(url: str, policy: Policy) -> httpx.BaseTransport:
-    """The guarded transport, or the way through the proxy of ``$HTTPS_PROXY``/``$HTTP_PROXY`` (``$NO_PROXY`` excepted).
-
-    Behind a proxy the proxy resolves names; what resolves here as well is checked here as well."""
-    import httpx
-
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if not proxy or urllib.request.proxy_bypass(host):
-        return guarded_transport(allow_private=policy.allow_private, resolver=policy.resolver)
-    with suppress(OSError):
-        checked(host, parts.port or 443, allow_private=policy.allow_private, resolver=policy.resolver)
-    return httpx.HTTPTransport(verify=tls(), proxy=proxy)
 
 
 def _is_hub(url: str) -> bool:

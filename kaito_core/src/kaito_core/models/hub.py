@@ -16,17 +16,15 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from kaito_core import __version__
-from kaito_core.data.addresses import private_addresses_allowed
+from kaito_core.addresses import guarded_transport, least_zone, private_addresses_allowed
 from kaito_core.data.chat_format import stop_ids, unnamed
 from kaito_core.data.download import (
     TRIED_AGAIN,
-    Policy,
     _content_range,
     _is_hub,
     _number,
     _redirected,
     _retry_after,
-    _transport,
     _words,
     hub_token,
 )
@@ -151,8 +149,8 @@ class _Hub:
             sent = {**headers, "Authorization": f"Bearer {self._token}"} if self._token and only_hub else headers
             # The operator's own mirror may be in a private network; where it redirects to may not.
             own = urlsplit(url)[:2] == urlsplit(hub_endpoint())[:2]
-            policy = Policy(allow_private=own or private_addresses_allowed(), max_bytes=most)
-            with httpx.Client(transport=_transport(url, policy), timeout=httpx.Timeout(30, connect=10)) as client:
+            least = least_zone(allow_private=own or private_addresses_allowed())
+            with httpx.Client(transport=guarded_transport(least), timeout=httpx.Timeout(30, connect=10)) as client:
                 try:
                     response = client.send(client.build_request("GET", url, headers=sent), stream=True)
                 except (httpx.InvalidURL, UnicodeError) as e:

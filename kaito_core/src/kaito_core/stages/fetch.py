@@ -23,7 +23,7 @@ def body(job: TuningJob, folders: Folders, events: Progress) -> Mapping[str, Any
 
 
 def _data(job: TuningJob, folders: Folders, events: Progress) -> list[Path]:
-    from kaito_core.data.addresses import private_addresses_allowed
+    from kaito_core.addresses import private_addresses_allowed
     from kaito_core.data.fetch import fetch
 
     if job.data.volume is not None:
