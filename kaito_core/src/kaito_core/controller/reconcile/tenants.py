@@ -10,6 +10,9 @@ from kaito_core.api.pod_security import forbidden
 from kaito_core.controller.reconcile.case import Case, find, words
 from kaito_core.problems import Problem
 
+GOES_ON = "goes on as it is; its next revision is refused: "
+"""Begins the message of ``Accepted``."""
+
 
 def not_allowed(case: Case) -> list[Problem]:
     """Why the platform refuses to begin what the Workspace asks for now."""
@@ -26,6 +29,7 @@ def warn_of_next_revision(case: Case) -> None:
     if accepted is None or accepted["status"] != "True":
         return
     found = forbidden(case.workspace, case.world.settings.pod_security)
-    message = f"goes on as it is; its next revision is refused: {words(found)}" if found else ""
-    if message != accepted.get("message", ""):
-        case.set(conditions.ACCEPTED, "True", str(accepted["reason"]), message)
+    if found:
+        case.set(conditions.ACCEPTED, "True", str(accepted["reason"]), f"{GOES_ON}{words(found)}")
+    elif accepted.get("message", "").startswith(GOES_ON):
+        case.set(conditions.ACCEPTED, "True", str(accepted["reason"]), "")
