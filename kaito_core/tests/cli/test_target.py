@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import yaml
 
 from kaito_core.cli.target import Current, Readiness, Target, choose, current, obstacle
+from kaito_core.plugins.manager import load_plugins
 from kaito_core.problems import UserError
+
+if TYPE_CHECKING:
+    from kaito_core.kube.client import Client
 
 AKS = Current("aks")
 NONE = Current(lack="there is no kubeconfig")
@@ -116,3 +122,36 @@ def test_this_machine_needs_no_kubernetes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("there is no such file") >= 2
+
+
+def test_before_a_cluster_is_asked_it_is_said_what_it_may_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The platform may have opened it, which only its controller knows: a warning, with the place in the file."""
+    from kaito_core.cli import given
+    from kaito_core.cli.cluster import runtimes
+    from kaito_core.controller import planner
+    from kaito_core.testing.planning import OneOfEach
+
+    monkeypatch.setattr(planner, "cluster_provisioners", lambda plugins: {})
+    monkeypatch.setattr(runtimes, "as_the_controller", lambda registry, client: OneOfEach())
+    file = tmp_path / "w.yaml"
+    file.write_text("""apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {name: one}
+tuning:
+  preset: {name: tiny}
+  method: qlora
+  input:
+    volumeSource: {hostPath: {path: /data}}
+  output: {volumeSource: {persistentVolumeClaim: {claimName: out}}}
+""")
+    [workspace] = given.read([str(file)])
+    with contextlib.suppress(UserError):
+        given._for_cluster(workspace, load_plugins([]), cast("Client", object()), "cost")
+    said = capsys.readouterr().err
+    assert (
+        f"{file}:8:30: warning: tuning.input.volumeSource.hostPath: a volume of the kind 'hostPath' is not allowed"
+        in said
+    )
+    assert "claimName" not in said

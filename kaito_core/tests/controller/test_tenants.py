@@ -17,7 +17,7 @@ from .test_serving import ACTIVATOR, awake, phase, serving, tuned
 
 HOST = {"hostPath": {"path": "/var/lib/kubelet"}}
 TUNING = workspace_object()["tuning"]
-ADAPTER = {"source": {"name": "mine", "volumeSource": HOST}}
+ADAPTER: dict[str, Any] = {"source": {"name": "mine", "volumeSource": HOST}}
 
 
 def platform(monkeypatch: pytest.MonkeyPatch, **opened: Any) -> None:
@@ -118,7 +118,7 @@ def test_an_endpoint_that_runs_is_neither_stopped_nor_rolled_and_wakes_again(mon
     awake(simulation)
     assert phase(simulation) == "Ready"
     pod = simulation.servers[0]["metadata"]["uid"]
-    simulation.workspace["inference"]["adapters"] = [{"source": {**ADAPTER["source"], "name": "other"}}]  # type: ignore[dict-item]
+    simulation.workspace["inference"]["adapters"] = [{"source": {**ADAPTER["source"], "name": "other"}}]
     simulation.settle()
     assert simulation.condition("Accepted")["reason"] == "PolicyRefused"
     assert simulation.servers[0]["metadata"]["uid"] == pod, "what is served goes on being served"

@@ -189,6 +189,7 @@ def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> 
 
 def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) -> Plan:
     """As the cluster's controller will plan it once the documents beside the workspace have been applied."""
+    from kaito_core.api.pod_security import PodSecurity, forbidden
     from kaito_core.cli.cluster.config_maps import config_maps
     from kaito_core.cli.cluster.runtimes import as_the_controller
     from kaito_core.controller.planner import Planner, _not_in_a_cluster, cluster_offers, cluster_provisioners
@@ -198,6 +199,10 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
     only_here = _not_in_a_cluster(workspace)
     if only_here:
         raise UserError(only_here)
+    for problem in forbidden(
+        workspace.to_object(), PodSecurity()
+    ):  # what its platform has opened, only its controller knows
+        click.echo(str(replace(given.locate(problem), severity="warning")), err=True)
     provisioners = cluster_provisioners(plugins)
     for provisioner in provisioners.values():
         provisioner.attach(ClusterView(cluster, {}))
