@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import subprocess
+import time
 from collections.abc import Iterator
-from typing import Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import yaml
@@ -13,7 +18,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from kaito_core.api import InferenceSpec, TuningSpec
-from kaito_core.api.pod_security import PodSecurity, forbidden, template_problems
+from kaito_core.api.pod_security import (
+    CAPABILITIES,
+    SELINUX_TYPES,
+    SYSCTLS,
+    PodSecurity,
+    forbidden,
+    template_problems,
+)
+
+if TYPE_CHECKING:
+    from kaito_core.testing.cluster import Cluster
 
 ALLOWED: dict[str, Any] = {
     "persistentVolumeClaim": {"claimName": "data"},
@@ -217,3 +232,87 @@ def test_what_is_not_as_kubernetes_has_it_does_not_pass(path: str, junk: Any) ->
         assert absent or template_problems(changed(shorter, junk), "inference.template")
     assert junk is None or template_problems({"spec": junk}, "t")
     assert template_problems(junk, "t")
+
+
+# --- held against Kubernetes' own Pod Security admission
+
+
+def pod(name: str, template: dict[str, Any]) -> dict[str, Any]:
+    """The template as a pod that is valid but for what it violates."""
+    made = copy.deepcopy({**template, "apiVersion": "v1", "kind": "Pod"})
+    made["metadata"] = {**(made.get("metadata") or {}), "name": name, "namespace": "baseline"}
+    spec = made["spec"]
+    for kind in ("initContainers", "containers"):
+        for number, container in enumerate(spec.get(kind) or ()):
+            container.setdefault("name", f"{kind.lower()}-{number}")
+            container.setdefault("image", "i")
+            if kind == "initContainers":
+                container["restartPolicy"] = "Always"  # which may have probes
+            for handler in (*(container.get(h) for h in ("livenessProbe", "readinessProbe", "startupProbe")),
+                            *(container.get("lifecycle") or {}).values()):  # fmt: skip
+                if handler and "tcpSocket" in handler:
+                    handler.pop("httpGet", None)
+            for port in container.get("ports") or ():
+                port.setdefault("containerPort", port.get("hostPort"))
+    if spec.get("hostNetwork") or spec.get("hostIPC"):
+        spec["securityContext"].pop("sysctls")  # of a network of its own
+    for sysctl in (spec.get("securityContext") or {}).get("sysctls") or ():
+        sysctl.setdefault("value", "1")
+    return made
+
+
+def allowed() -> Iterator[dict[str, Any]]:
+    """A template for every value that passes."""
+    yield TEMPLATE
+    yield from (changed("spec/containers[0]/securityContext/capabilities/add", [c]) for c in CAPABILITIES)
+    yield from (changed("spec/securityContext/sysctls", [{"name": s, "value": "1"}]) for s in SYSCTLS)
+    yield from (changed("spec/securityContext/seLinuxOptions/type", t) for t in SELINUX_TYPES)
+    yield changed("spec/securityContext/seccompProfile", {"type": "Localhost", "localhostProfile": "p"})
+    yield changed("spec/securityContext/appArmorProfile", {"type": "Localhost", "localhostProfile": "p"})
+    for kind in ("nfs", "emptyDir", "configMap", "persistentVolumeClaim", "image"):
+        yield changed("spec/volumes", [{"name": "dshm", kind: ALLOWED[kind]}])
+
+
+def test_kubernetes_itself_refuses_the_same(cluster: Cluster) -> None:
+    # A pod for Windows looks different, no pod begins with ephemeral containers, accounts are no matter of Pod Security, and the API
+    # server wants a user namespace for another /proc, in which Pod Security allows it.
+    beyond = ("windowsOptions", "ephemeralContainers", "serviceAccount", "procMount")
+    bad = [changed(path, value) for path, value in VIOLATIONS if not any(b in path for b in beyond)]
+    bad += [
+        changed("spec/containers[0]/ports", [{"hostPort": 8080}]),
+        changed("spec/containers[0]/securityContext/capabilities/add", ["SYS_ADMIN"]),
+        changed("spec/securityContext/sysctls", [{"name": "kernel.msgmax"}]),
+        changed("spec/volumes", [{"name": "dshm", "hostPath": {"path": "/"}}]),
+    ]
+    good = list(allowed())
+    assert all(template_problems(t, "t") for t in bad)
+    assert not any(template_problems(t, "t") for t in good)
+    enforced = {"pod-security.kubernetes.io/enforce": "baseline"}
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "baseline", "labels": enforced}}
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
+    while not cluster.kubectl("get", "serviceaccount", "default", "-n", "baseline", check=False):
+        time.sleep(0.05)
+    pods = [*(pod(f"bad-{n}", t) for n, t in enumerate(bad)), *(pod(f"good-{n}", t) for n, t in enumerate(good))]
+    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": pods})
+    create = [
+        str(cluster.programs / "kubectl"),
+        "--kubeconfig",
+        str(cluster.kubeconfig),
+        "create",
+        "--dry-run=server",
+        "-f",
+        "-",
+    ]
+    said = subprocess.run(create, input=listed, capture_output=True, text=True, check=False)
+    refused = {
+        int(n) for n in re.findall(r'pods "bad-(\d+)" is forbidden: violates PodSecurity "baseline', said.stderr)
+    }
+    assert refused == set(range(len(bad))), [bad[n] for n in set(range(len(bad))) - refused]
+    assert len(re.findall(r"^pod/good-\d+ created", said.stdout, re.MULTILINE)) == len(good), said.stderr
+
+
+@pytest.mark.parametrize("example", ["kaito-quickstart", "inference", "with-config"])
+def test_the_examples_for_clusters_pass(example: str) -> None:
+    text = (Path(__file__).parents[3] / "examples" / f"{example}.yaml").read_text(encoding="utf-8")
+    for document in yaml.safe_load_all(text):
+        assert forbidden(document, PodSecurity()) == []
