@@ -1,7 +1,7 @@
 """Which addresses an outgoing request may connect to, and a transport that connects to the checked address and to no other.
 
-A workspace's URLs and registries are written by whoever may write a workspace, and what they answer is written by others: redirects,
-upload locations, token servers. The request runs inside the cluster's network or the cloud's. Without a guard a URL (or a redirect, or a
+Users write a workspace's URLs and registries, and the servers there write what they answer: redirects, upload locations, token
+servers. The request runs inside the cluster's network or the cloud's. Without a guard a URL (or a redirect, or a
 name that resolves differently the second time) could reach the cloud's metadata service or an internal API. So every request is resolved
 once, every address is checked, and the connection is made to that very address while the certificate is still checked against the name.
 """
@@ -42,7 +42,7 @@ ZONES = "kaito.zones"
 
 
 class Zone(IntEnum):
-    """How far away an address is. What is named by somebody in one zone may be in this or a more public one, and never in a nearer one."""
+    """How far away an address is. A server may send us on within its own zone or to a more public one, and never to a nearer one."""
 
     LOOPBACK = 0
     """This machine, and in a pod the pod itself."""

@@ -176,7 +176,7 @@ def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("what", STEERED)
-def test_nobody_is_sent_from_https_to_http(
+def test_no_request_goes_from_https_to_http(
     what: str, start: Start, certificate: Path, tmp_path: Path, naps: Naps
 ) -> None:
     """Not even to a host that may be spoken to in the clear when the user names it."""

@@ -2,8 +2,8 @@
 
 Rules that everything here keeps:
 
-* HTTPS, except to this machine itself and to hosts that ``KAITO_INSECURE_REGISTRIES`` lists (comma separated); who was asked over
-  HTTPS sends nobody on to plain HTTP.
+* HTTPS, except to this machine itself and to hosts that ``KAITO_INSECURE_REGISTRIES`` lists (comma separated); a
+  server that was asked over HTTPS cannot send us on to plain HTTP.
 * The registry that the user named may be in any network. What it names – redirects, upload locations, the token server – may be
   where it is itself or further out (`kaito_core.addresses.Zone`), and never nearer to us.
 * ``Authorization`` goes to the registry's own scheme, host and port only, however it redirects us, and to the token server
