@@ -5,16 +5,19 @@ It knows what an API server, the job controller and a cloud do with what `decide
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kaito_core.api import labels, read_workspace
-from kaito_core.controller.reconcile.case import Case
+from kaito_core.api.crd import crd
+from kaito_core.controller.reconcile.case import Case, error_patch, time_of
 from kaito_core.controller.reconcile.decide import decide
 from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, PodProgress, World
 from kaito_core.controller.settings import Settings
+from kaito_core.kube.errors import ApiError, Conflict, Invalid
 from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, PODS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Catalog, plan
 from kaito_core.planning.serving import serving_after
@@ -29,6 +32,32 @@ OFFERS = tuple(
     Offer(name, cpus=4, memory=16 * GIB, provisioner="cloud", price=Price(price, "test", "2026-01-01"))
     for name, price in (("cheap", 1.0), ("dear", 2.0))
 )
+
+
+STATUS_SCHEMA: Object = crd()["spec"]["versions"][-1]["schema"]["openAPIV3Schema"]["properties"]["status"]
+
+
+def bounds(schema: Object, path: str = "status") -> Iterator[str]:
+    """The places in a schema that bound how much may be written there."""
+    if {"maxItems", "maxLength"} & set(schema):
+        yield path
+    for name, inner in schema.get("properties", {}).items():
+        yield from bounds(inner, f"{path}.{name}")
+    if "items" in schema:
+        yield from bounds(schema["items"], f"{path}[]")
+
+
+def too_much(schema: Object, value: Any, path: str = "status") -> Iterator[str]:
+    """What the API server would not take, since it is more than the schema allows."""
+    for limit in {"maxItems", "maxLength"} & set(schema):
+        if len(value) > schema[limit]:
+            yield f"{path}: has {len(value)}, at most {schema[limit]}"
+    if isinstance(value, dict):
+        for name in value.keys() & schema.get("properties", {}).keys():
+            yield from too_much(schema["properties"][name], value[name], f"{path}.{name}")
+    elif isinstance(value, list):
+        for each in value:
+            yield from too_much(schema.get("items", {}), each, f"{path}[]")
 
 
 class Crash(Exception):
@@ -125,6 +154,24 @@ class Simulation:
     """What the server's pod says of itself."""
     crash_after: int = -1
     """Die after so many steps; -1: never."""
+    unanswered: bool = False
+    """The cloud says neither what it sells nor how far it is."""
+    refused: str = ""
+    """What the API server says to whoever makes a pod."""
+    admitted: int = 0
+    """So many pods of an endpoint it takes all the same."""
+    denied: dict[Kind, ApiError] = field(default_factory=dict)
+    """What it says to the controller that makes such an object."""
+    error: ApiError | None = None
+    """What one write is answered with, …"""
+    error_at: int = -1
+    """… after so many others; …"""
+    answer_lost: bool = False
+    """… whether it has been done all the same."""
+    failed: bool = False
+    """Whether the last reconcile failed."""
+    requests: list[str] = field(default_factory=list)
+    """Of every machine that was ever paid for."""
 
     # --- the controller
 
@@ -132,6 +179,20 @@ class Simulation:
         """One reconcile, as `kaito_core.controller.workspaces` does it."""
         if self.workspace is None:
             return None
+        try:
+            self.failed = False
+            return self._rounds()
+        except Conflict:
+            self.failed = True
+        except ApiError as e:
+            self.failed = True
+            if self.workspace is not None:
+                patch = error_patch(self.workspace, e, self.now)
+                self._write(lambda: self._status({**self.workspace.get("status", {}), **patch["status"]}))
+        return None
+
+    def _rounds(self) -> Decision:
+        assert self.workspace is not None
         observed = self.observe()
         for _ in range(30):
             decision = decide(self.workspace, observed, WORLD)
@@ -162,6 +223,7 @@ class Simulation:
             demand=self.demand,
             config=self.config,
             job=self.objects.get((JOBS, "one")),
+            failed_create=self.refused,
             pods=tuple(self.pods),
             nodes=dict.fromkeys(self.workspace.get("status", {}).get("workerNodes", ()), self.node),
             revisions=revisions,
@@ -170,7 +232,9 @@ class Simulation:
         serving = Case(self.workspace, observed, WORLD).serves
         if self.refuses:
             return replace(observed, planned=Planned(None, "PlanRefused", (Problem(self.refuses),)))
-        return replace(observed, planned=planned(self.workspace, self.offers, serving=serving))
+        offers = () if self.unanswered else self.offers
+        found = planned(self.workspace, offers, serving=serving)
+        return replace(observed, planned=replace(found, failed=frozenset({"cloud"} if self.unanswered else ())))
 
     def _busy(self) -> PodProgress:
         return PodProgress(self.last_request, {"inFlight": self.in_flight, "lastRequest": self.last_request})
@@ -187,15 +251,21 @@ class Simulation:
         for deletion in decision.delete:
             self._write(lambda d=deletion: self._delete(d.kind, d.name))
         if decision.status is not None and decision.status != self.workspace.get("status", {}):
-            self._write(lambda: self.workspace.update(status=copy.deepcopy(dict(decision.status or {}))))
+            self._write(lambda: self._status(decision.status or {}))
         self.told = decision.endpoint
         self.notes += [n.reason for n in decision.notes]
         if decision.finalizer is False:
             self._write(self._let_go)
 
     def _write(self, what: Callable[[], object]) -> None:
+        error, fails = self.error, self.error_at == 0
+        self.error_at -= self.error_at >= 0
+        if fails and error is not None and not self.answer_lost:
+            raise error
         what()
         self.writes += 1
+        if fails and error is not None:
+            raise error
         self._step()
 
     def _step(self) -> None:
@@ -205,6 +275,14 @@ class Simulation:
         self.crash_after -= self.crash_after > 0
 
     # --- the API server and the job controller
+
+    def _status(self, status: Mapping[str, Any]) -> None:
+        """Written, unless the CRD does not allow it."""
+        assert self.workspace is not None
+        written = json.loads(json.dumps(status))
+        if wrong := list(too_much(STATUS_SCHEMA, written)):
+            raise Invalid(f"patch workspaces.kaito.sh default/one: {', '.join(wrong)}", status=422)
+        self.workspace["status"] = written
 
     def _hold(self, decision: Decision) -> None:
         assert self.workspace is not None
@@ -225,13 +303,19 @@ class Simulation:
     def _start_servers(self, obj: Object) -> None:
         """In the present form, and not ready yet."""
         made = copy.deepcopy(obj["spec"]["template"]["metadata"])
+        count = obj["spec"]["replicas"]
         self.servers = [
             {
-                "metadata": {**made, "name": f"one-{n}", "uid": f"s-{n}-{self.writes}"},
+                "metadata": {
+                    **made,
+                    "name": f"one-{n}",
+                    "uid": f"s-{n}-{self.writes}",
+                    "creationTimestamp": time_of(self.now),
+                },
                 "spec": {"nodeName": "node-1"},
                 "status": {"podIP": "10.0.0.9"},
             }
-            for n in range(obj["spec"]["replicas"])
+            for n in range(min(count, self.admitted) if self.refused else count)
         ]
 
     def answers(self, *, ready: bool = True) -> None:
@@ -247,8 +331,10 @@ class Simulation:
         self.servers.clear()
 
     def _create(self, kind: Kind, obj: Object) -> None:
+        if kind in self.denied:
+            raise self.denied[kind]
         made = copy.deepcopy(obj)
-        made["metadata"] |= {"uid": f"u-{len(self.objects)}-{self.writes}", "creationTimestamp": "2027-01-15T08:00:00Z"}
+        made["metadata"] |= {"uid": f"u-{len(self.objects)}-{self.writes}", "creationTimestamp": time_of(self.now)}
         self.objects[kind, obj["metadata"]["name"]] = made
 
     def _delete(self, kind: Kind, name: str) -> None:
@@ -321,6 +407,7 @@ class Simulation:
         if request.id not in self.machines:
             self.machines[request.id] = request.offer.instance_type
             self.bought.append(request.offer.instance_type)
+            self.requests.append(request.id)
             self.most = max(self.most, len(self.machines))
             self.node = {"metadata": {"name": "node-1"}}
         failure = self.broken.get(request.offer.instance_type)
@@ -347,7 +434,7 @@ class Simulation:
             if self.workspace is None:
                 return
             asks = waiting > 0 and self.state not in ("Succeeded", "Failed")
-            if self.writes == before and not asks and not self._is_leaving():
+            if self.writes == before and not self.failed and not asks and not self._is_leaving():
                 return
         raise AssertionError("it never comes to rest")
 

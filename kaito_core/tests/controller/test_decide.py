@@ -19,6 +19,7 @@ from kaito_core.controller.reconcile.decision import Ensure, Observe, Release
 from kaito_core.controller.reconcile.diagnosis import trouble
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, Refusal
 from kaito_core.controller.reconcile.outcome import PATIENCE
+from kaito_core.controller.reconcile.starting import LONGEST_RETRY_SECONDS
 from kaito_core.plugins.types import InsufficientCapacity, NodeStatus, NotAuthorized, QuotaExceeded, Transient
 from kaito_core.problems import Problem
 
@@ -654,6 +655,9 @@ class Life(RuleBasedStateMachine):
             return
         simulation = self.simulation
         simulation.settle(40)
+        if simulation.workspace is not None and simulation.state == "Pending" and not simulation.machines:
+            simulation.now += LONGEST_RETRY_SECONDS  # no pod came, and a machine is got again later
+            simulation.settle(40)
         if simulation.workspace is None:
             assert not simulation.machines
             return

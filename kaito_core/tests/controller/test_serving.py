@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kaito_core.controller.reconcile.case import Case
 from kaito_core.controller.reconcile.decide import needs_plan
 from kaito_core.controller.reconcile.serving import CONFIG_CHECK
+from kaito_core.controller.reconcile.starting import LONGEST_RETRY_SECONDS
 from kaito_core.kube.kinds import ENDPOINT_SLICES, SERVICES, STATEFUL_SETS
 from kaito_core.plugins.types import Gpu, InsufficientCapacity
 from kaito_core.testing.planning import GIB
@@ -400,8 +401,10 @@ class Endpoints(RuleBasedStateMachine):
         if simulation.workspace is not None:
             # Whatever has happened: it can be brought up, and falls asleep, and lets go of everything.
             simulation.workspace["inference"] = {**simulation.workspace.get("inference", {}), "policy": "onDemand"}
-            simulation.now += 1000
-            simulation.refuses = ""
+            simulation.refuses, simulation.demand = "", False
+            for _ in range(2):  # what waits in vain is given up, and may be tried again
+                simulation.now += LONGEST_RETRY_SECONDS
+                simulation.settle()
             awake(simulation)
             assert phase(simulation) == "Ready"
             simulation.demand = False

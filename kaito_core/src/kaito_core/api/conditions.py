@@ -24,6 +24,9 @@ MODEL_MIRROR_READY: Final = "ModelMirrorReady"
 SCALING_DOWN_COMPLETED: Final = "ScalingDownCompleted"
 WORKSPACE_DELETING: Final = "WorkspaceDeleting"
 WORKSPACE_SUCCEEDED: Final = "WorkspaceSucceeded"
+RECONCILED: Final = "Reconciled"
+"""Not in KAITO: there, and False, only while something that the controller does for the object fails. It says nothing of how the
+object itself is: that is in the other conditions, which an error leaves as they are."""
 
 REASONS: Final[dict[str, tuple[str, ...]]] = {
     ACCEPTED: (
@@ -61,6 +64,7 @@ REASONS: Final[dict[str, tuple[str, ...]]] = {
     BENCHMARK_COMPLETED: ("BenchmarkCompleted", "BenchmarkFailed"),
     MODEL_MIRROR_READY: ("ModelMirrorPending",),
     WORKSPACE_DELETING: ("workspaceDeleted",),
+    RECONCILED: ("ReconcileError",),
     WORKSPACE_SUCCEEDED: ("workspaceSucceeded", "workspacePending", "workspaceFailed", "BenchmarkFailed"),
 }
 """KAITO's reasons per condition type. A node claim's own reason, or the cloud's, may stand in their place."""

@@ -53,6 +53,10 @@ class AdapterStatus(Observed):
 class Attempt(Observed):
     """One try to get machines and run the job on them."""
 
+    number: int | None = Field(
+        None,
+        description="Which try of this Workspace it is, counted from 0, also when older ones are not listed any more.",
+    )
     revision: int | None = Field(None, description="The revision of the Workspace that it was for.")
     provisioner: str = Field("", description="The node provisioner that was asked.")
     instance_type: str = Field("", description="The machine that was tried.")

@@ -264,13 +264,6 @@ def serves(workspace: Object) -> bool:
     )
 
 
-def failed_status(inference_set: Object, message: str, now: float) -> Mapping[str, Any]:
-    """The status when what was decided could not be done."""
-    case = _Case(inference_set, ObservedSet(now))
-    case.not_ready("inferencesetNotReady", message)
-    return case.status
-
-
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON merge patch (RFC 7386) that makes ``new`` of ``old``."""
     patch: dict[str, Any] = {k: None for k in old if k not in new}
@@ -364,6 +357,12 @@ class _Case:
         self.notes.append(Note(kind, reason, message))
 
     def decision(self) -> SetDecision:
+        # Written when everything else has been done: what failed before has worked now.
+        kept = [c for c in self.status.get("conditions", ()) if c["type"] != conditions.RECONCILED]
+        if kept:
+            self.status["conditions"] = kept
+        else:
+            self.status.pop("conditions", None)
         return SetDecision(
             tuple(self.create),
             tuple(self.change),

@@ -20,17 +20,16 @@ from kaito_core.controller.decide_set import (
     ObservedSet,
     SetDecision,
     decide_set,
-    failed_status,
     merge_patch,
 )
 from kaito_core.controller.loop import Controller, Result
+from kaito_core.controller.reconcile.case import error_patch
 from kaito_core.controller.seen import Seen
 from kaito_core.kube.errors import AlreadyExists, ApiError, Conflict
 from kaito_core.kube.events import Recorder
 from kaito_core.kube.kinds import INFERENCE_SETS, SERVICES, WORKSPACES, Object
 from kaito_core.kube.reflector import Reflector
 from kaito_core.kube.workqueue import WorkQueue
-from kaito_core.problems import Failure
 
 if TYPE_CHECKING:
     from kaito_core.controller.metrics import Metrics
@@ -129,8 +128,8 @@ class InferenceSetController:
             return Result(decision.look_again_after)
         except (Conflict, AlreadyExists):
             return Result(SOON)
-        except Failure as e:
-            self._say(inference_set, e)
+        except Exception as e:
+            self._write_error(inference_set, e)
             raise
 
     def _cached(self, inference_set: Object) -> ObservedSet:
@@ -166,12 +165,17 @@ class InferenceSetController:
         for note in decision.notes:
             self._recorder.event(inference_set, note.type, note.reason, note.message)
 
-    def _say(self, inference_set: Object, error: Failure) -> None:
-        """What the API server refused belongs where the user looks, not only into our log."""
+    def _write_error(self, inference_set: Object, error: Exception) -> None:
+        """Say in a condition of its own what failed: the user looks there, and not into our log. What has been reached stays as it
+        is."""
+        name, namespace = inference_set["metadata"]["name"], inference_set["metadata"]["namespace"]
+        newest = self._seen.get(INFERENCE_SETS, name, namespace) or inference_set
+        patch = error_patch(newest, error, self._clock())
         try:
-            self._status(inference_set, failed_status(inference_set, f"{error}; trying again", self._clock()))
+            written = self._client.patch(INFERENCE_SETS, name, namespace, patch, subresource="status")
+            self._seen.wrote(INFERENCE_SETS, written)
         except ApiError as e:
-            log.warning("the status of %s cannot be written either: %s", inference_set["metadata"]["name"], e)
+            log.warning("the status of %s cannot be written either: %s", name, e)
 
     def _status(self, inference_set: Object, status: Mapping[str, Any]) -> Object:
         metadata = inference_set["metadata"]

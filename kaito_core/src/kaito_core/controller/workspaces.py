@@ -17,22 +17,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kaito_core.api import conditions, labels
+from kaito_core.api import labels
 from kaito_core.api.inference_set import TEMPLATE, config_of
 from kaito_core.controller.act import Actor, ask
 from kaito_core.controller.api_keys import lock_of
 from kaito_core.controller.configs import Configs
+from kaito_core.controller.failed_create import failed_create
 from kaito_core.controller.following import Following
 from kaito_core.controller.forsaken import Forsaken
 from kaito_core.controller.loop import Controller, Result
 from kaito_core.controller.planner import Planner, cluster_provisioners
-from kaito_core.controller.reconcile.case import Case, seconds_or_never
+from kaito_core.controller.reconcile.case import Case, error_patch, seconds_or_never
 from kaito_core.controller.reconcile.decide import decide, needs_plan
 from kaito_core.controller.reconcile.decision import Endpoint, Ensure
 from kaito_core.controller.reconcile.diagnosis import latest
 from kaito_core.controller.reconcile.nodes import POLL
 from kaito_core.controller.reconcile.observed import Installed, Observed, World
 from kaito_core.controller.reconcile.revisions import hash_of
+from kaito_core.controller.reconcile.starting import lacks_pods
 from kaito_core.controller.seen import Seen
 from kaito_core.controller.settings import Settings
 from kaito_core.controller.sweep import Sweep
@@ -53,7 +55,6 @@ from kaito_core.kube.kinds import (
 from kaito_core.kube.reflector import Reflector
 from kaito_core.kube.workqueue import WorkQueue
 from kaito_core.plugins.types import Held
-from kaito_core.problems import Failure
 from kaito_core.serving.activator import Activator
 from kaito_core.serving.activator_gate import Lock
 from kaito_core.workloads.endpoint import headless_name, mounts_images, routed, slice_name
@@ -286,8 +287,8 @@ class WorkspaceController:
             return self._rounds(workspace)
         except Conflict:
             return Result(SOON)
-        except Failure as e:
-            self._say(workspace, e)
+        except Exception as e:
+            self._write_error(namespace, name, e)
             raise
 
     def _rounds(self, workspace: Object) -> Result:
@@ -341,6 +342,8 @@ class WorkspaceController:
             provisioners=self._installed,
         )
         case = Case(workspace, observed, self._world)
+        if (lacking := lacks_pods(case)) is not None:
+            observed = replace(observed, failed_create=failed_create(self._client, lacking))
         if case.serves and self._activator is not None:
             observed = replace(observed, activator=(self._pod_ip, self._activator.listen((namespace, name))))
         if case.serves:
@@ -362,16 +365,17 @@ class WorkspaceController:
             return config_of(template)
         return self._configs.digest(named, metadata["namespace"]) if named else ""
 
-    def _say(self, workspace: Object, error: Failure) -> None:
-        """What the API server refused belongs where the user looks, not only into our log."""
-        case = Case(workspace, Observed(self._clock()), self._world)
-        if case.deleting:
+    def _write_error(self, namespace: str, name: str, error: Exception) -> None:
+        """Say in a condition of its own what failed: the user looks there, and not into our log. Nothing else is written, and only
+        to the state that is known: what has been reached stays as it is."""
+        workspace = self._seen.get(WORKSPACES, name, namespace)
+        if workspace is None:
             return
-        case.set(conditions.WORKSPACE_SUCCEEDED, "False", "workspacePending", f"{error}; trying again")
+        patch = error_patch(workspace, error, self._clock())
         try:
-            self._actor.act(workspace, case.decision())
+            self._seen.wrote(WORKSPACES, self._client.patch(WORKSPACES, name, namespace, patch, subresource="status"))
         except ApiError as e:
-            log.warning("the status of %s cannot be written either: %s", case.name, e)
+            log.warning("the status of %s cannot be written either: %s", name, e)
 
 
 # --- what the caches keep: a cluster has many pods, and their specs are large
@@ -385,7 +389,8 @@ def _small(obj: Object, **parts: Any) -> Object:
 
 
 def _small_job(job: Object) -> Object:
-    return _small(job, status=job.get("status"))
+    suspended = (job.get("spec") or {}).get("suspend")
+    return _small(job, spec={"suspend": True} if suspended else None, status=job.get("status"))
 
 
 def _small_part(part: Object) -> Object:

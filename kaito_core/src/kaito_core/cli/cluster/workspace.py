@@ -18,6 +18,7 @@ SHOWN: Final = (
     conditions.JOB_STARTED,
     conditions.INFERENCE_READY,
     conditions.WORKSPACE_DELETING,
+    conditions.RECONCILED,
 )
 """The conditions on the way; the last one, ``WorkspaceSucceeded``, repeats them until it is the end."""
 

@@ -21,11 +21,15 @@ from kaito_core.controller.reconcile.decision import Decision, Deletion, Endpoin
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.revisions import History, history
 from kaito_core.kube.kinds import CONFIG_MAPS, Kind, Object
+from kaito_core.problems import KaitoError
 
 ConditionStatus = Literal["True", "False", "Unknown"]
 
 SHOWN = 1024
 """Characters of a condition's message: enough for a cause and a remedy, little enough for ``kubectl describe``."""
+
+KEPT_ATTEMPTS = 50
+"""Attempts that ``status.attempts`` holds, the newest ones: half of what the CRD takes. Only the last one can hold a machine."""
 
 
 class Case:
@@ -145,46 +149,37 @@ class Case:
         """The name of the present wish for machines: the same until its attempt has ended, whatever crashes in between."""
         return request_id(self.uid, self.attempts)
 
+    def begin_attempt(self, attempt: Mapping[str, Any]) -> None:
+        """Add an attempt; the oldest ones, which all have ended, make room. Its number is counted on, and not by what is left."""
+        number = next_number(self.attempts)
+        begun = {"started": self.time, "revision": self.history.current.number}
+        self.attempts.append({**attempt, **begun, **({"number": number} if number else {})})
+        del self.attempts[:-KEPT_ATTEMPTS]
+
     def end_attempt(self, reason: str, message: str) -> None:
         if self.attempt is not None:
             self.attempt.update(ended=self.time, reason=reason, message=message[:SHOWN])
-            del self.attempts[:-100]  # the CRD's limit
 
     # --- what is decided
 
     def end(self, kind: Kind, runs: Object, *, foreground: bool = False) -> None:
         """Take away a job or an endpoint, and the ConfigMap that is its own."""
         metadata = runs["metadata"]
-        self.delete.append(Deletion(kind, metadata["name"], metadata["uid"], foreground=foreground))
         config = (metadata.get("annotations") or {}).get(labels.CONFIG)
-        if config:
+        if config:  # first, since its name stands nowhere once the other has gone
             self.delete.append(Deletion(CONFIG_MAPS, config))
+        self.delete.append(Deletion(kind, metadata["name"], metadata["uid"], foreground=foreground))
 
     @property
     def time(self) -> str:
         """Now, as Kubernetes writes it."""
-        return self.time_of(self.observed.now)
-
-    @staticmethod
-    def time_of(seconds: float) -> str:
-        """A time in seconds since the epoch, as Kubernetes writes it."""
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return time_of(self.observed.now)
 
     def set(self, kind: str, status: ConditionStatus, reason: str, message: str = "") -> bool:
         """Set a condition; whether its status or reason is another one than before."""
         found: list[dict[str, Any]] = self.status.setdefault("conditions", [])
         new: dict[str, Any] = {"type": kind, "status": status, "reason": reason, "message": _short(message)}
-        old = next((c for c in found if c["type"] == kind), None)
-        changed = old is None or (old["status"], old["reason"]) != (status, reason)
-        moved = old is None or old["status"] != status
-        new["lastTransitionTime"] = self.time if moved or old is None else old.get("lastTransitionTime", self.time)
-        new["observedGeneration"] = self.generation
-        if old is None:
-            found.append(new)
-        else:
-            old.clear()
-            old.update(new)
-        return changed
+        return set_condition(found, new, self.time, self.generation)
 
     def unset(self, *kinds: str) -> None:
         """Forget conditions that mean nothing any more."""
@@ -232,6 +227,8 @@ class Case:
         self.look_again_after = min(seconds, self.look_again_after or seconds)
 
     def decision(self) -> Decision:
+        if self.ask is None and not self.again:  # the last one of a reconcile: it is written when all of it has worked
+            self.unset(conditions.RECONCILED)
         status = {k: v for k, v in self.status.items() if v not in (None, "", [], {})}
         return Decision(
             finalizer=self.finalizer,
@@ -274,12 +271,60 @@ def request_id(uid: str, attempts: Sequence[Mapping[str, Any]]) -> str:
     """The name of the wish for machines that comes after the attempts that have ended.
 
     Eleven characters, a letter first: the form that agent pools of AKS are limited to."""
-    number = sum(1 for a in attempts if a.get("ended"))
+    going_on = bool(attempts) and not attempts[-1].get("ended")
+    number = number_of(attempts) if going_on else next_number(attempts)
     return "ws" + hashlib.sha256(f"{uid}/{number}".encode()).hexdigest()[:9]
+
+
+def number_of(attempts: Sequence[Mapping[str, Any]]) -> int:
+    """Which attempt of its Workspace the last one is, counted from 0. One without a number is older than numbers, or the first:
+    until then, nothing was dropped from the list."""
+    number = attempts[-1].get("number")
+    return number if isinstance(number, int) else len(attempts) - 1
+
+
+def next_number(attempts: Sequence[Mapping[str, Any]]) -> int:
+    """Which one the next attempt will be. It only ever grows: a request id names one machine, for ever."""
+    return number_of(attempts) + 1 if attempts else 0
 
 
 def _short(message: str) -> str:
     return message if len(message) <= SHOWN else message[: SHOWN - 1] + "…"
+
+
+def set_condition(found: list[dict[str, Any]], new: dict[str, Any], now: str, generation: int) -> bool:
+    """Put a condition in the place of the one of its type; whether its status or reason is another one than before."""
+    old = next((c for c in found if c["type"] == new["type"]), None)
+    changed = old is None or (old["status"], old.get("reason")) != (new["status"], new["reason"])
+    moved = old is None or old["status"] != new["status"]
+    new["lastTransitionTime"] = now if moved or old is None else old.get("lastTransitionTime", now)
+    new["observedGeneration"] = generation
+    if old is None:
+        found.append(new)
+    else:
+        old.clear()
+        old.update(new)
+    return changed
+
+
+def error_patch(obj: Object, error: Exception, now: float) -> Object:
+    """The merge patch of the status that says what failed, and nothing else; refused when the object is not the one that is known."""
+    metadata = obj["metadata"]
+    found = copy.deepcopy((obj.get("status") or {}).get("conditions") or [])
+    said = (
+        words(error.problems)
+        if isinstance(error, KaitoError)
+        else f"the controller broke: {type(error).__name__}: {error}"
+    )
+    message = _short(f"{said}; trying again")
+    new = {"type": conditions.RECONCILED, "status": "False", "reason": "ReconcileError", "message": message}
+    set_condition(found, new, time_of(now), int(metadata.get("generation", 0)))
+    return {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "status": {"conditions": found}}
+
+
+def time_of(seconds: float) -> str:
+    """A time in seconds since the epoch, as Kubernetes writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def seconds(time: str) -> float:

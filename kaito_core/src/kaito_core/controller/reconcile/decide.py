@@ -7,11 +7,14 @@ same answer."""
 
 from __future__ import annotations
 
+import math
+
 from kaito_core.controller.reconcile.accept import accept
-from kaito_core.controller.reconcile.case import Case
+from kaito_core.controller.reconcile.case import Case, seconds_or_never
 from kaito_core.controller.reconcile.cleanup import cleanup
 from kaito_core.controller.reconcile.decision import Decision, Deletion
-from kaito_core.controller.reconcile.nodes import next_candidate, nodes
+from kaito_core.controller.reconcile.machines import GONE, MACHINE_LOST, holds
+from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
 from kaito_core.controller.reconcile.observed import Observed, World
 from kaito_core.controller.reconcile.outcome import outcome, release
 from kaito_core.controller.reconcile.serving import needs_serving_plan, retire, serve
@@ -56,8 +59,21 @@ def _start(case: Case) -> None:
         return
     case.delete.extend(Deletion(REVISIONS, r["metadata"]["name"], r["metadata"]["uid"]) for r in case.history.surplus)
     if replaced:
+        _without_end(case)
         return
     ready = nodes(case, plan)
     if ready is not None:
         chosen = next_candidate(case, plan)
         workload(case, plan.on(chosen) if chosen else plan, ready)
+
+
+def _without_end(case: Case) -> None:
+    """A job whose pods do not end (their kubelet is dead) keeps no machine that is paid for."""
+    deleted = seconds_or_never(((case.job or {}).get("metadata") or {}).get("deletionTimestamp"))
+    if case.attempt is None or not math.isfinite(deleted) or not holds(case, case.attempt):
+        return
+    left = deleted + GONE - case.observed.now
+    if left > 0:
+        case.look_again(left)
+        return
+    give_up(case, MACHINE_LOST, f"the pods of the job before did not end within {GONE / 60:.0f} minutes")

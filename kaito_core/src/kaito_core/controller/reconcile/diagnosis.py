@@ -63,6 +63,17 @@ def started(pod: Object) -> bool:
     return any("running" in s or "terminated" in s for s in states)
 
 
+def is_running(pod: Object) -> bool:
+    """Whether any container of it runs now."""
+    return any("running" in c.get("state", {}) for c in containers(pod.get("status", {})))
+
+
+def is_alive(pod: Object) -> bool:
+    """Whether it has not ended, and is not asked to."""
+    ended = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    return not ended and "deletionTimestamp" not in pod["metadata"]
+
+
 def stage(pod: Object) -> str:
     """The container that runs now: a stage by name, or the main one's; empty when none does."""
     return next((str(c["name"]) for c in containers(pod.get("status", {})) if "running" in c.get("state", {})), "")

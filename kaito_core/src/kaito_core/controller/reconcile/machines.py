@@ -24,6 +24,10 @@ GONE = 600.0
 def machines_are_there(case: Case, kind: Kind, runs: Object, pod: Object | None) -> bool:
     """Whether what runs (a job, an endpoint) has what it runs on; where it has not, what is done about it is decided here."""
     attempt = case.attempt
+    if attempt is None and case.attempts and case.attempts[-1].get("reason") == MACHINE_LOST:
+        # Only now that the end of the attempt is written: else a crash in between would have its request answered once more.
+        case.end(kind, runs, foreground=True)
+        return False
     if attempt is None or not holds(case, attempt):
         case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
         return True
@@ -58,6 +62,7 @@ def _noted(case: Case, kind: Kind, runs: Object, attempt: dict[str, Any]) -> boo
         case.look_again(POLL)
         return True
     case.status["workerNodes"] = list(answer.nodes)
+    case.status["targetNodeCount"] = int((case.workspace.get("resource") or {}).get("count") or 1)
     case.set(conditions.NODES_READY, "True", "NodesReady", "")
     case.set(conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "")
     return True
@@ -93,7 +98,6 @@ def _another_machine(case: Case, kind: Kind, runs: Object, why: str) -> None:
     give_up(case, MACHINE_LOST, why)
     if case.attempt is None:
         case.status.pop("workerNodes", None)
-        case.end(kind, runs, foreground=True)
 
 
 def holds(case: Case, attempt: dict[str, Any]) -> bool:

@@ -14,9 +14,10 @@ import json
 from typing import Any
 
 from kaito_core.api import conditions, labels
-from kaito_core.controller.reconcile.case import SHOWN, Case, first_attempt, seconds
+from kaito_core.controller.reconcile.case import SHOWN, Case, find, first_attempt, number_of, seconds
 from kaito_core.controller.reconcile.decision import Ensure, Release
 from kaito_core.controller.reconcile.observed import Installed
+from kaito_core.controller.reconcile.starting import FAILED_CREATE, refused_for_too_long, retry_in, retry_words
 from kaito_core.planning.plan import Candidate, Plan, requirements
 from kaito_core.plugins.types import NodeRequest, NodeStatus, NotAuthorized, Offer, Transient
 
@@ -30,6 +31,9 @@ then, which doubles from time to time, within these bounds."""
 GIVEN_UP = frozenset({"InsufficientCapacity", "QuotaExceeded", "Unsupported", "TimedOut"})
 """How an attempt ends after which the next offer is tried."""
 
+MOST_TRIED = 40
+"""Offers that are tried one after the other. Fewer than `KEPT_ATTEMPTS`: what is no longer listed would be tried again, for ever."""
+
 NOT_AUTHORIZED = NotAuthorized.__name__
 """How an attempt ends after which nothing is tried."""
 
@@ -39,11 +43,25 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
     if case.attempt is not None and case.attempt.get("reason"):
         give_up(case, case.attempt["reason"], case.attempt.get("message", ""))  # begun before, and not at its end yet
         return None
+    refused = refused_for_too_long(case)
+    if refused and case.attempt is not None and _installed(case, case.attempt).holds:
+        wait_in_vain(case, FAILED_CREATE, refused)
+        return None
+    if case.attempt is None and not case.serving and retry_in(case) > 0:
+        case.pending(retry_words(case))
+        case.look_again(retry_in(case))
+        return None
     candidate = next_candidate(case, plan)
     if case.attempt is not None and (candidate is None or not _same(case.attempt, candidate.offer)):
         if case.attempt["provisioner"] in case.observed.planned.failed:
             case.pending(f"{case.attempt['provisioner']} does not answer; what it was asked for is waited for")
-            case.look_again(SOONEST)
+            pending = find(case.status.get("conditions"), conditions.RESOURCE_READY) or {}
+            silent = case.observed.now - seconds(pending["lastTransitionTime"])
+            patience = _installed(case, case.attempt).patience
+            if min(silent, _waited(case)) > patience:
+                give_up(case, "TimedOut", f"the provisioner has not answered for {patience / 60:.0f} minutes")
+            else:
+                case.look_again(SOONEST)
             return None
         # What was asked for is not offered any more. It is given back first: nothing may be held at two places.
         give_up(case, "OfferGone", "it is not offered any more")
@@ -53,8 +71,7 @@ def nodes(case: Case, plan: Plan) -> NodeStatus | None:
         return None
     also = _alternatives(case, plan, candidate)
     if case.attempt is None:
-        begun = {"started": case.time, "revision": case.history.current.number}
-        case.attempts.append(_attempt(candidate.offer) | _price(candidate.offer) | begun)
+        case.begin_attempt(_attempt(candidate.offer) | _price(candidate.offer))
     tags = {labels.WORKSPACE: case.name, labels.WORKSPACE_NAMESPACE: case.namespace}
     annotations = case.workspace["metadata"].get("annotations") or {}
     if labels.NODE_CLASS_NAME in annotations:
@@ -108,6 +125,8 @@ def next_candidate(case: Case, plan: Plan) -> Candidate | None:
         if going_on:
             return going_on[0]
     tried = _given_up(case)
+    if len(tried) >= MOST_TRIED:
+        return None
     return next((c for c in usable if not any(_covers(a, c.offer) for a in tried)), None)
 
 
@@ -155,8 +174,10 @@ def _covers(attempt: dict[str, Any], offer: Offer) -> bool:
     return _same({**attempt, "instanceType": offer.instance_type}, offer) and offer.instance_type in named
 
 
-def _installed(case: Case, offer: Offer) -> Installed:
-    return case.observed.provisioners.get(offer.provisioner, Installed())
+def _installed(case: Case, asked: Offer | dict[str, Any]) -> Installed:
+    """What is known of the provisioner of an offer, or of an attempt."""
+    name = asked.provisioner if isinstance(asked, Offer) else str(asked["provisioner"])
+    return case.observed.provisioners.get(name, Installed())
 
 
 def _written(case: Case) -> bool:
@@ -164,7 +185,12 @@ def _written(case: Case) -> bool:
     written = (case.workspace.get("status") or {}).get("attempts") or []
     if not written and len(case.attempts) == 1:
         return case.has_finalizer and first_attempt(case.workspace) is not None
-    return case.has_finalizer and len(written) == len(case.attempts) and not written[-1].get("ended")
+    return (
+        case.has_finalizer
+        and bool(written)
+        and not written[-1].get("ended")
+        and number_of(written) == number_of(case.attempts)
+    )
 
 
 # --- what was said
@@ -239,6 +265,22 @@ def _none_left(case: Case) -> None:
 # --- giving back
 
 
+def wait_in_vain(case: Case, reason: str, message: str) -> None:
+    """Give back machines that have waited in vain. An endpoint has failed, for a while; a job waits for the next try."""
+    if case.attempt is not None and not case.attempt.get("reason"):
+        case.note("Warning", reason, message)
+    if case.serving:
+        if case.attempt is not None:
+            case.attempt.update(reason=reason, message=message[:SHOWN])
+        case.failed(message)
+        case.again = True
+        return
+    case.pending(message)
+    give_up(case, reason, message)
+    if case.attempt is None:
+        case.status.pop("workerNodes", None)
+
+
 def give_up(case: Case, reason: str, message: str) -> None:
     """Give back what the present attempt may have got, and end it; asks to be called again until that is done."""
     attempt = case.attempt
@@ -263,7 +305,9 @@ def given_back(case: Case, provisioner: str) -> bool:
     answer = case.observed.asked.get(release.key)
     if answer is None:
         case.ask = release
-    elif answer.phase != "absent":
+    elif answer.phase == "absent":
+        case.unset(conditions.NODES_READY)  # no words of a release that took its time outlive it
+    else:
         if answer.message:
             case.set(conditions.NODES_READY, "Unknown", "ReleasePending", f"{provisioner}: {answer.message}")
         case.look_again(POLL)

@@ -67,6 +67,9 @@ class Observed:
     job: Object | None = None
     pods: tuple[Object, ...] = ()
     """Of the job, in any order."""
+    failed_create: str = ""
+    """What the API server said last to the controller that should make the pods of the job, or of the endpoint (``FailedCreate``);
+    empty when it said nothing, or enough pods are there."""
     stateful_set: Object | None = None
     service: Object | None = None
     headless: Object | None = None

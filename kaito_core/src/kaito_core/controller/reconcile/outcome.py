@@ -11,9 +11,27 @@ from kaito_core.api import conditions
 from kaito_core.api.resource import seconds_of
 from kaito_core.controller.reconcile.case import Case, find, seconds
 from kaito_core.controller.reconcile.decision import Deletion
-from kaito_core.controller.reconcile.diagnosis import Trouble, containers, last_words, latest, stage, started, trouble
+from kaito_core.controller.reconcile.diagnosis import (
+    Trouble,
+    containers,
+    last_words,
+    latest,
+    stage,
+    started,
+    trouble,
+)
 from kaito_core.controller.reconcile.machines import SETTLED, holds, machines_are_there
-from kaito_core.controller.reconcile.nodes import give_up
+from kaito_core.controller.reconcile.nodes import give_up, wait_in_vain
+from kaito_core.controller.reconcile.starting import (
+    FAILED_CREATE,
+    POD_MISSING,
+    SUSPENDED,
+    in_vain,
+    retry_in,
+    retry_words,
+    suspended,
+    waiting_for,
+)
 from kaito_core.kube.kinds import JOBS, Object
 
 PATIENCE = 600.0
@@ -24,17 +42,25 @@ NOT_STARTED = "the pod has not started yet"
 SPOT_CHECK = 30.0
 """Seconds between looks at a pod that is stuck, so that the patience ends on time."""
 
+EVENTS_CHECK = 10.0
+"""Seconds until the Events are read that may say why there is no pod."""
+
 
 def outcome(case: Case, job: Object) -> None:
     """Say how the job is doing; on its end, say how it ended."""
     pods = sorted(case.observed.pods, key=lambda p: str(p["metadata"].get("creationTimestamp", "")))
     pod = latest(pods)
+    case.set(conditions.ACCEPTED, "True", "Planned", "")  # else there were no job
     ended = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c.get("status") == "True"}
     if ended & {"Complete", "Failed"} and _pods_are_behind(case, job, pods, ended):
         case.look_again(BEHIND)
         return
     if "Complete" in ended:
         _succeeded(case, pods)
+        return
+    given_up = in_vain(case)
+    if "Failed" not in ended and given_up is not None:
+        _without_machine(case, job, str(given_up["reason"]), str(given_up.get("message", "")))
         return
     if "Failed" not in ended and not machines_are_there(case, JOBS, job, pod):
         return
@@ -51,7 +77,17 @@ def outcome(case: Case, job: Object) -> None:
             case.again = True
             return
         case.look_again(SPOT_CHECK)
-    _running(case, pods, pod, now)
+    waits = waiting_for(case, job, pods, 1, conditions.JOB_STARTED)
+    held = case.attempt is not None and holds(case, case.attempt)
+    if waits is not None and held and waits.is_over(case.observed.now):
+        _without_machine(case, job, waits.reason, waits.last_words)
+        return
+    if waits is not None and waits.reason in (FAILED_CREATE, SUSPENDED):
+        _say_it_waits(case, waits.reason, waits.message)
+    else:
+        _running(case, pods, pod, now)
+    if waits is not None and (held or waits.reason in (FAILED_CREATE, POD_MISSING)):  # of Events nobody is told
+        case.look_again(EVENTS_CHECK if waits.reason == POD_MISSING else SPOT_CHECK)
 
 
 def _pods_are_behind(case: Case, job: Object, pods: list[Object], ended: set[str]) -> bool:
@@ -64,6 +100,27 @@ def _pods_are_behind(case: Case, job: Object, pods: list[Object], ended: set[str
         c.get("lastTransitionTime") for c in job["status"]["conditions"] if c.get("type") in ("Complete", "Failed")
     ]
     return any(t and case.observed.now - seconds(t) < SETTLED for t in since)
+
+
+def _without_machine(case: Case, job: Object, reason: str, message: str) -> None:
+    """Give back a machine that has waited for the job's pod in vain. Once that is written the job goes, since its pods are bound to that
+    machine, and all of it is tried again later. A suspended job stays, and waits for nothing that is paid for."""
+    _say_it_waits(case, reason, message)
+    held = case.attempt is not None
+    wait_in_vain(case, reason, message)
+    if held:
+        return
+    if reason == SUSPENDED and suspended(job):
+        return
+    case.end(JOBS, job, foreground=True)
+    if retry_in(case) > 0:
+        case.pending(retry_words(case))
+
+
+def _say_it_waits(case: Case, reason: str, message: str) -> None:
+    if case.set(conditions.JOB_STARTED, "False", reason, message):
+        case.note("Warning", reason, message)
+    case.waiting(message)
 
 
 def pays_for_nothing(case: Case, now: Trouble) -> bool:
@@ -215,7 +272,8 @@ def release(case: Case, reason: str = "") -> None:
     if _kept(case, attempt):
         return
     state = str(case.status.get("state", ""))
-    give_up(case, reason if case.serving and case.status.get("serving", {}).get("lastRequest") else state, "")
+    why = reason if case.serving and case.status.get("serving", {}).get("lastRequest") else state
+    give_up(case, str(attempt.get("reason") or why), str(attempt.get("message", "")))
     if case.attempt is None:
         if state == "Succeeded":
             message = "the machines were given back after the job"

@@ -18,14 +18,23 @@ from dataclasses import replace
 from typing import Any
 
 from kaito_core.api import conditions, labels
-from kaito_core.controller.reconcile.case import Case, find, seconds, seconds_or_never, words
+from kaito_core.controller.reconcile.case import Case, find, seconds, seconds_or_never, time_of, words
 from kaito_core.controller.reconcile.decision import Deletion, Endpoint
 from kaito_core.controller.reconcile.diagnosis import Trouble, latest, trouble
-from kaito_core.controller.reconcile.machines import machines_are_there
-from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes
+from kaito_core.controller.reconcile.machines import GONE, holds, machines_are_there
+from kaito_core.controller.reconcile.nodes import give_up, next_candidate, nodes, wait_in_vain
 from kaito_core.controller.reconcile.observed import Planned
 from kaito_core.controller.reconcile.outcome import PATIENCE, pays_for_nothing, release
 from kaito_core.controller.reconcile.revisions import served_by
+from kaito_core.controller.reconcile.starting import (
+    FAILED_CREATE,
+    Wait,
+    in_vain,
+    not_ready,
+    retry_in,
+    retry_words,
+    waiting_for,
+)
 from kaito_core.controller.reconcile.tenants import not_allowed
 from kaito_core.kube.kinds import CONFIG_MAPS, ENDPOINT_SLICES, PODS, REVISIONS, SERVICES, STATEFUL_SETS, Kind, Object
 from kaito_core.planning.plan import Plan
@@ -72,10 +81,13 @@ def serve(case: Case) -> None:
         _run(case)
     elif phase == "Failed":
         _stop(case)
+        last = in_vain(case)
+        if last is not None and case.attempt is None and not case.status["serving"].get("final") and retry_in(case) > 0:
+            case.waiting(retry_words(case), str(last["reason"]))
         said = find(case.status.get("conditions"), conditions.INFERENCE_READY) or {}
         case.endpoint = Endpoint(words=str(said.get("message", "")), refused=True)
         if case.policy == "always" and not case.status["serving"].get("final"):
-            case.look_again(RETRY)
+            case.look_again(max(RETRY, retry_in(case)))
     else:
         _sleep(case)
     _show(case)
@@ -128,7 +140,7 @@ def _is_wanted(case: Case, phase: str) -> bool:
     failed = case.status["serving"] if phase == "Failed" else {}
     if failed.get("revision") == serving_hash(case):
         soon = _for(case) < (RETRY if case.policy == "always" else RETRY_ON_DEMAND)
-        if soon or failed.get("final"):
+        if soon or failed.get("final") or retry_in(case) > 0:
             return False
     return case.policy == "always" or case.observed.demand
 
@@ -160,7 +172,9 @@ def _stop(case: Case) -> None:
     there = case.observed.stateful_set
     if there is not None and "deletionTimestamp" not in there["metadata"]:
         case.end(STATEFUL_SETS, there)
-    if there is not None or case.observed.servers:
+    if (there is not None or case.observed.servers) and _for(
+        case
+    ) < GONE:  # else its kubelet is dead, and its machine is paid for
         case.look_again(SPOT_CHECK)
         return
     release(case, "Idle")
@@ -196,7 +210,8 @@ def _run(case: Case) -> None:
         case.status["workerNodes"] = sorted(
             {p["spec"]["nodeName"] for p in case.observed.servers if p["spec"]["nodeName"]}
         )
-        case.set(conditions.INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", "")
+        missing = waits.message if (waits := _waits(case, there, replicas)) else ""
+        case.set(conditions.INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", missing)
         _succeeded(case, f"served on {replicas} machine{'s' if replicas > 1 else ''}")
     if _falls_asleep(case) or answering:
         return
@@ -209,9 +224,23 @@ def _run(case: Case) -> None:
         case.status["serving"] |= {"revision": serving_hash(case), "final": True}
         case.again = True
         return
-    if case.waiting(now.message if now else "the pod starts", now.reason if now else "") and now:
-        case.note("Warning", now.reason, now.message)
+    waits = _waits(case, there, replicas) or not_ready(case, there, conditions.INFERENCE_READY)
+    if waits.is_over(case.observed.now) and case.attempt is not None and holds(case, case.attempt):
+        wait_in_vain(case, waits.reason, waits.last_words)
+        case.status["serving"]["revision"] = serving_hash(case)
+        return
+    refused = waits if waits.reason == FAILED_CREATE else None
+    said = now or refused
+    if case.waiting(said.message if said else "the pod starts", said.reason if said else "") and said:
+        case.note("Warning", said.reason, said.message)
     case.look_again(SPOT_CHECK)
+
+
+def _waits(case: Case, there: Object, replicas: int) -> Wait | None:
+    """What is still missing of its pods in their present form."""
+    wanted = serving_hash(case)
+    current = [p for p in case.observed.servers if (p["metadata"].get("annotations") or {}).get(labels.REVISION_HASH) == wanted]  # fmt: skip
+    return waiting_for(case, there, current, replicas, conditions.INFERENCE_READY)
 
 
 def _waited_too_long(case: Case, pod: Object | None, now: Trouble) -> bool:
@@ -355,7 +384,7 @@ def _falls_asleep(case: Case) -> bool:
     serving = case.status["serving"]
     said = [a for p in case.observed.servers if (a := case.observed.activity.get(p["metadata"]["uid"])) is not None]
     if last := max((float(a.fields.get("lastRequest") or 0.0) for a in said), default=0.0):
-        serving["lastRequest"] = case.time_of(last)
+        serving["lastRequest"] = time_of(last)
     if case.policy != "onDemand":
         return False
     if case.observed.demand or any(a.fields.get("inFlight") for a in said):
