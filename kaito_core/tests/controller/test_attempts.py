@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kaito_core.api.crd import inference_set_crd
+from kaito_core.controller.decide_set import ObservedSet, decide_set
 from kaito_core.controller.reconcile.case import KEPT_ATTEMPTS, error_patch, request_id
 from kaito_core.controller.reconcile.decision import Ensure, Observe, Release
 from kaito_core.controller.reconcile.nodes import MOST_TRIED
@@ -35,10 +37,10 @@ def attempts(simulation: Simulation) -> list[dict[str, Any]]:
     return list(simulation.workspace["status"]["attempts"])
 
 
-@pytest.mark.parametrize("crashes", [False, True])
-def test_a_job_outlives_any_number_of_machines(crashes: bool) -> None:
+@pytest.mark.parametrize(("times", "crashes"), [(MANY, False), (105, True)])
+def test_a_job_outlives_any_number_of_machines(times: int, crashes: bool) -> None:
     simulation = Simulation()
-    for n in range(MANY):
+    for n in range(times):
         simulation.crash_after = n % 7 if crashes else -1
         with contextlib.suppress(Crash):
             simulation.settle()
@@ -47,10 +49,10 @@ def test_a_job_outlives_any_number_of_machines(crashes: bool) -> None:
         assert simulation.job is not None
         simulation.take_away()
     simulation.settle()
-    assert len(simulation.requests) == len(set(simulation.requests)) == MANY + 1, "no request id comes twice"
+    assert len(simulation.requests) == len(set(simulation.requests)) == times + 1, "no request id comes twice"
     assert simulation.most == 1
     assert len(attempts(simulation)) == KEPT_ATTEMPTS
-    assert attempts(simulation)[-1]["number"] == MANY
+    assert attempts(simulation)[-1]["number"] == times
     assert "ended" not in attempts(simulation)[-1], "what holds a machine is never dropped"
     simulation.remove()
     simulation.settle()
@@ -164,6 +166,17 @@ def test_every_bound_of_the_crd_is_kept_by_who_writes_there() -> None:
     workspace["status"] = error_patch(workspace, Failure(LONG), 0.0)["status"]
     assert not list(too_much(STATUS_SCHEMA, json.loads(json.dumps(workspace["status"]))))
     assert kept == set(bounds(STATUS_SCHEMA))
+
+
+def test_the_status_of_a_set_keeps_its_bounds() -> None:
+    version = inference_set_crd()["spec"]["versions"][-1]
+    schema = version["schema"]["openAPIV3Schema"]["properties"]["status"]
+    assert {b.removeprefix("status.conditions[].") for b in bounds(schema)} == {"type", "reason", "message"}
+    wrong = {"metadata": {"name": "llm", "namespace": "default", "uid": "u"}, "spec": {"replicas": LONG}}
+    said = decide_set({"apiVersion": "kaito.sh/v1beta1", "kind": "InferenceSet", **wrong}, ObservedSet(0.0)).status
+    assert said is not None
+    assert said["conditions"]
+    assert not list(too_much(schema, json.loads(json.dumps(said))))
 
 
 def test_the_simulation_refuses_what_the_api_server_would() -> None:

@@ -135,7 +135,7 @@ def test_an_error_of_the_api_server_changes_no_end(
     live(clean)
     wanted, calls = end(clean), clean.writes
     assert calls > 1
-    for error in ERRORS:
+    for error in (ERRORS[0], ERRORS[-1]) if lost else ERRORS:  # what was done is not called refused
         for at in range(calls):
             simulation = begin(gone_after=1, error=error, error_at=at, answer_lost=lost)
             live(simulation)

@@ -201,6 +201,13 @@ def a_stateful_set_that_is_refused() -> Simulation:
     return denied(STATEFUL_SETS, serving("always"))
 
 
+def a_change_that_cannot_be_planned_while_no_pod_comes() -> Simulation:
+    simulation = endpoint(refused=QUOTA)
+    simulation.config, simulation.refuses = "bbb", "no such flag"
+    simulation.reconcile()
+    return simulation
+
+
 def servers_that_do_not_end() -> Simulation:
     simulation = awake(serving("onDemand"))
     simulation.demand = False
@@ -248,6 +255,7 @@ WAITS = [
     Row(a_server_whose_image_is_pulled_for_ever, NOT_STARTED_SECONDS, "no container of the pod runs"),
     Row(a_server_that_is_never_ready, NOT_READY_SECONDS, "is not ready"),
     Row(a_stateful_set_that_is_refused, NO_POD_SECONDS, 'webhook "no.gpu" denied'),
+    Row(a_change_that_cannot_be_planned_while_no_pod_comes, NO_POD_SECONDS, "no such flag"),
     Row(servers_that_do_not_end, 600, "asleep"),
 ]
 

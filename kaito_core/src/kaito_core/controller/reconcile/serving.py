@@ -200,7 +200,7 @@ def _run(case: Case) -> None:
     case.set(conditions.ACCEPTED, "True", "Planned", warnings)
     if not machines_are_there(case, STATEFUL_SETS, there, latest(case.observed.servers)):
         return
-    replicas = int(there.get("spec", {}).get("replicas") or 1)
+    replicas = _replicas(there)
     if replicas > 1:
         _take_old_ones_away(case)
     answering = _answering(case)
@@ -224,16 +224,28 @@ def _run(case: Case) -> None:
         case.status["serving"] |= {"revision": serving_hash(case), "final": True}
         case.again = True
         return
-    waits = _waits(case, there, replicas) or not_ready(case, there, conditions.INFERENCE_READY)
-    if waits.is_over(case.observed.now) and case.attempt is not None and holds(case, case.attempt):
-        wait_in_vain(case, waits.reason, waits.last_words)
-        case.status["serving"]["revision"] = serving_hash(case)
+    waits = _waits(case, there, replicas)
+    if _gives_up(case, waits, there):
         return
-    refused = waits if waits.reason == FAILED_CREATE else None
+    refused = waits if waits is not None and waits.reason == FAILED_CREATE else None
     said = now or refused
     if case.waiting(said.message if said else "the pod starts", said.reason if said else "") and said:
         case.note("Warning", said.reason, said.message)
     case.look_again(SPOT_CHECK)
+
+
+def _replicas(there: Object) -> int:
+    return int(there.get("spec", {}).get("replicas") or 1)
+
+
+def _gives_up(case: Case, waits: Wait | None, there: Object) -> bool:
+    """Whether its machines have waited too long for its pods, or for what runs there to be ready, and are being given back."""
+    waits = waits or not_ready(case, there, conditions.INFERENCE_READY)
+    if case.attempt is None or not holds(case, case.attempt) or not waits.is_over(case.observed.now):
+        return False
+    wait_in_vain(case, waits.reason, waits.last_words)
+    case.status["serving"]["revision"] = serving_hash(case)
+    return True
 
 
 def _waits(case: Case, there: Object, replicas: int) -> Wait | None:
@@ -262,8 +274,14 @@ def _take_old_ones_away(case: Case) -> None:
 
 def _start(case: Case) -> None:
     if not _accepted(case):
-        if case.observed.stateful_set is not None:
-            _falls_asleep(case)
+        there = case.observed.stateful_set
+        if there is not None and not _falls_asleep(case) and not _answering(case, as_it_was=True):
+            # What it was before is waited for, and no longer than that would be.
+            _gives_up(
+                case,
+                waiting_for(case, there, case.observed.servers, _replicas(there), conditions.INFERENCE_READY),
+                there,
+            )
         return
     plan = case.observed.planned.plan
     assert plan is not None
