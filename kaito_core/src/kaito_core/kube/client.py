@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kaito_core import __version__
-from kaito_core.kube.errors import AlreadyExists, ApiError, Gone, NotFound, TooManyRequests, Unreachable, error_of
+from kaito_core.kube.errors import (
+    AlreadyExists,
+    ApiError,
+    Conflict,
+    Gone,
+    Invalid,
+    NotFound,
+    TooManyRequests,
+    Unreachable,
+    error_of,
+)
 from kaito_core.kube.kinds import PODS, Kind, Object
 from kaito_core.problems import UserError
 
@@ -38,6 +48,9 @@ LONGEST_WAIT = 10.0
 
 CONNECTIONS = 32
 """Kept open at most; more threads than that are not meant to share a client."""
+
+BEFORE_ANY = "1"
+"""A resource version that no object has: etcd counts from 1 before its first write. An apply with it makes an object, and changes none."""
 
 MERGE, APPLY = "application/merge-patch+json", "application/apply-patch+yaml"
 
@@ -225,14 +238,25 @@ class Client:
         force: bool = True,
         subresource: str = "",
         dry_run: bool = False,
+        uid: str | None = None,
     ) -> Object:
-        """Server-side apply: make these fields so, whether the object was there or not, and leave all others alone."""
+        """Server-side apply: make these fields so, whether the object was there or not, and leave all others alone.
+
+        With ``uid`` only that very object is changed, and with an empty one only a new object is made; else `Conflict`, and nothing
+        is written."""
         name, namespace = _place(obj)
+        if uid is not None:
+            only = {"uid": uid} if uid else {"resourceVersion": BEFORE_ANY}
+            obj = {**obj, "metadata": {**obj["metadata"], **only}}
         query = {"fieldManager": manager, "force": "true" if force else "", "dryRun": "All" if dry_run else ""}
         what = f"apply {_named(kind, name, namespace)}"
-        return self._object(
-            "PATCH", kind.path(namespace, name, subresource), what, query=query, body=json.dumps(obj), content=APPLY
-        )
+        path = kind.path(namespace, name, subresource)
+        try:
+            return self._object("PATCH", path, what, query=query, body=json.dumps(obj), content=APPLY)
+        except Invalid as e:
+            if uid and "metadata.uid" in str(e):  # so the API server says that another object has the name now
+                raise Conflict(str(e), status=409, reason="Conflict") from e
+            raise
 
     def patch(
         self, kind: Kind, name: str, namespace: str, patch: Mapping[str, Any], *, subresource: str = ""
