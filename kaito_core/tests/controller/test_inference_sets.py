@@ -350,8 +350,8 @@ def test_somebody_else_s_objects_stay_and_are_named() -> None:
     assert not decision.change
     status, reason, message = said(decision)
     assert (status, reason) == ("False", "NameTaken")
-    assert "already a Service llm, and it is not of this InferenceSet" in message
-    assert "already a Workspace llm-1, and it is not of this InferenceSet" in message
+    assert "already a Service default/llm, and it is not of this InferenceSet" in message
+    assert "already a Workspace default/llm-1, and it is not of this InferenceSet" in message
     assert decision.look_again_after == TAKEN
     assert [n.reason for n in decision.notes if n.type == "Warning"] == ["NameTaken"]
 
@@ -620,6 +620,44 @@ def test_an_orphaned_workspace_is_not_taken_over() -> None:
     world.settle()
     assert world.server.objects[WORKSPACES, "llm-0"] == kept
     assert "is not of this InferenceSet" in world.set["status"]["conditions"][0]["message"]
+
+
+OWNERS: dict[str, tuple[list[Object], str]] = {
+    "another's": ([{"kind": "App", "name": "web", "uid": "a-1", "controller": True}], "it belongs to the App web"),
+    "an earlier set's": (
+        [{"kind": "InferenceSet", "name": "llm", "uid": "set-0", "controller": True}],
+        "it belongs to an earlier InferenceSet of this name, which is gone",
+    ),
+    "without an owner": ([], "it has no owner"),
+    "not controlled": (
+        [{"kind": "InferenceSet", "name": "llm", "uid": "set-1", "controller": False}],
+        "it has no owner",
+    ),
+}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("references", "words"), OWNERS.values(), ids=OWNERS)
+@pytest.mark.parametrize(("kind", "name"), [(WORKSPACES, "llm-0"), (SERVICES, "llm")], ids=["Workspace", "Service"])
+def test_what_is_another_s_is_neither_changed_nor_deleted(
+    kind: Kind, name: str, references: list[Object], words: str, labelled: bool
+) -> None:
+    world = Controlled(inference_set(1))
+    theirs = stored(replicas_of(inference_set(1), True)[0])
+    theirs["metadata"] |= {"name": name, "ownerReferences": references, "uid": "their"}
+    theirs["metadata"]["labels"] = {labels.INFERENCE_SET: "llm"} if labelled else {}
+    world.server.put(kind, name, theirs)
+    world.restart()
+    before = copy.deepcopy(world.server.objects[kind, name])
+    for replicas in (1, 3, 0):
+        world.edit(replicas=replicas, template=TEMPLATES[replicas])
+        world.settle()
+        assert world.server.objects[kind, name] == before
+        if replicas:
+            (found,) = (c for c in world.set["status"]["conditions"] if c["reason"] == "NameTaken")
+            assert (
+                f"already a {kind.kind} default/{name}, and it is not of this InferenceSet: {words}" in found["message"]
+            )
 
 
 TEMPLATES: list[dict[str, Any]] = [

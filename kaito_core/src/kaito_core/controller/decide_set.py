@@ -25,6 +25,7 @@ from kaito_core.controller.reconcile.decision import Deletion, Note
 from kaito_core.controller.reconcile.revisions import served_by
 from kaito_core.controller.reconcile.serving import CONFIG_CHECK
 from kaito_core.kube.kinds import SERVICES, WORKSPACES, Kind, Object, owner_reference
+from kaito_core.kube.ownership import NameTaken, is_controlled_by
 from kaito_core.problems import Problem, errors
 from kaito_core.workloads.serving import PORT
 
@@ -129,11 +130,11 @@ def _keep(alive: Sequence[Object], replicas: int, template: str) -> tuple[list[O
 def _make(case: _Case, wanted: InferenceSet, missing: int, template: str) -> int:
     """Make what is missing; how many that were."""
     taken = {_name(w) for w in case.ours}
-    foreign = {_name(w) for w in case.observed.workspaces} - taken
+    foreign = {n: w for w in case.observed.workspaces if (n := _name(w)) not in taken}
     names = [n for i in range(len(taken) + missing) if (n := f"{case.name}-{i}") not in taken][:missing]
     for name in names:
         if name in foreign:
-            case.taken("Workspace", name)
+            case.taken(WORKSPACES, foreign[name])
     making = [n for n in names if n not in foreign][:BURST]
     case.create += [(WORKSPACES, case.workspace(wanted, name, template)) for name in making]
     if making:
@@ -192,7 +193,7 @@ def _service(case: _Case) -> None:
     """One address for all replicas."""
     there = case.observed.service
     if there is not None and not case.owns(there):
-        case.taken("Service", case.name)
+        case.taken(SERVICES, there)
     if there is not None:
         return
     pods = {labels.INFERENCE_SET: case.name}
@@ -302,9 +303,8 @@ class _Case:
         self.look_again_after: float | None = None
 
     def owns(self, obj: Object) -> bool:
-        """By owner reference only: neither a name nor a label makes something ours."""
-        uid = self.inference_set["metadata"]["uid"]
-        return any(o.get("uid") == uid for o in obj["metadata"].get("ownerReferences") or ())
+        """By the controller's uid only: neither a name nor a label makes something ours."""
+        return is_controlled_by(obj, self.inference_set)
 
     def workspace(self, wanted: InferenceSet, name: str, template: str) -> Object:
         """One replica, to be made."""
@@ -327,11 +327,9 @@ class _Case:
     def remove(self, workspace: Object) -> None:
         self.delete.append(Deletion(WORKSPACES, _name(workspace), workspace["metadata"]["uid"]))
 
-    def taken(self, kind: str, name: str) -> None:
-        self.names_taken.append(
-            f"there is already a {kind} {name}, and it is not of this InferenceSet – delete it, or give the InferenceSet "
-            "another name"
-        )
+    def taken(self, kind: Kind, there: Object) -> None:
+        (problem,) = NameTaken(kind, there, self.inference_set).problems
+        self.names_taken.append(f"{problem.message} – {problem.remedy}")
 
     def not_ready(self, reason: str, message: str) -> None:
         if self.condition(READY, "False", reason, message) and reason != "inferencesetNotReady":
