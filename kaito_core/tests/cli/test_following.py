@@ -19,7 +19,7 @@ from kaito_core.cli.cluster.workspace import news, succeeded, tried
 from kaito_core.cli.follow import Follower
 from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.kube.errors import Forbidden, Unreachable
-from kaito_core.kube.kinds import PODS, WORKSPACES, Kind, Object
+from kaito_core.kube.kinds import JOBS, PODS, STATEFUL_SETS, WORKSPACES, Kind, Object, owner_reference
 from kaito_core.problems import Failure
 from kaito_core.progress import log_line
 
@@ -40,6 +40,16 @@ def workspace(*conditions: Object, generation: int = 1, **status: Any) -> Object
     }
 
 
+def runs(kind: Kind, owner: str = "w") -> Object:
+    """The Workspace's job, or its StatefulSet."""
+    reference = {"kind": "Workspace", "name": "small", "uid": owner, "controller": True}
+    metadata = {"name": "small", "namespace": "default", "uid": kind.kind, "ownerReferences": [reference]}
+    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata}
+
+
+RUNS = {kind: runs(kind) for kind in (JOBS, STATEFUL_SETS)}
+
+
 def pod(name: str, **states: str) -> Object:
     """A pod with its containers' states by name."""
     annotations = {"workspace.kaito.io/hash": hash_of(workspace())}
@@ -51,6 +61,7 @@ def pod(name: str, **states: str) -> Object:
             "uid": name,
             "annotations": annotations,
             "creationTimestamp": name,
+            "ownerReferences": [owner_reference(RUNS[JOBS])],
         },
         "spec": {"containers": [{"name": c["name"]} for c in containers]},
         "status": {"phase": "Running", "containerStatuses": containers},
@@ -75,6 +86,8 @@ class Scripted:
     def get(self, kind: Kind, name: str, namespace: str = "") -> Object | None:
         if kind is PODS:
             return next((p for p in self.pods if p["metadata"]["name"] == name), None)
+        if kind in RUNS:
+            return RUNS[kind]
         assert kind is WORKSPACES
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, Exception):
@@ -243,6 +256,16 @@ def test_pods_of_an_earlier_revision_are_another_run() -> None:
     assert followed(Scripted([workspace(), DONE], [other]))[1] == []
 
 
+@pytest.mark.parametrize("owner", ["", "another-job"])
+def test_a_pod_with_the_label_alone_is_none_of_the_workspace_s(owner: str) -> None:
+    """Its lines would be shown as those of the training, and its events as the progress."""
+    theirs = pod("p1", small="running")
+    reference = {**owner_reference(RUNS[JOBS]), "uid": owner}
+    theirs["metadata"]["ownerReferences"] = [reference] if owner else []
+    cluster = Scripted([workspace(), DONE], [theirs], {"p1": [event("train", "step", step=7, steps=9)]})
+    assert followed(cluster)[1] == []
+
+
 @given(st.integers(0, 30), st.lists(st.integers(0, 30), max_size=6))
 def test_streams_that_break_anywhere_lose_nothing_and_repeat_nothing(count: int, cuts: list[int]) -> None:
     lines = [f"line {n}" for n in range(count)]
@@ -294,6 +317,7 @@ def server(name: str, **states: str) -> Object:
     """A pod of an endpoint; its containers are started again when they end."""
     made = pod(name, **states)
     made["metadata"] |= {"labels": {"kaito.sh/serving": "true"}, "annotations": {}}
+    made["metadata"]["ownerReferences"] = [owner_reference(RUNS[STATEFUL_SETS])]
     made["spec"]["restartPolicy"] = "Always"
     return made
 

@@ -16,7 +16,8 @@ from typing import Any, Final, Protocol
 from kaito_core.api import labels
 from kaito_core.controller.reconcile.revisions import hash_of
 from kaito_core.kube.errors import ApiError, Forbidden, TooManyRequests, Unreachable
-from kaito_core.kube.kinds import PODS, Kind, Object
+from kaito_core.kube.kinds import JOBS, PODS, STATEFUL_SETS, Kind, Object
+from kaito_core.kube.ownership import controlled_by, is_controlled_by
 
 PAUSE: Final = 1.0
 """Seconds between two looks at a pod whose log does not go on."""
@@ -54,14 +55,14 @@ def pods_of(cluster: Logs, workspace: Object) -> list[Object]:
     wanted = hash_of(workspace)
     return [
         p
-        for p in _pods(cluster, workspace)
-        if p["metadata"].get("annotations", {}).get(labels.REVISION_HASH) == wanted and not _serves(p)
+        for p in _pods(cluster, workspace, JOBS)
+        if (p["metadata"].get("annotations") or {}).get(labels.REVISION_HASH) == wanted
     ]
 
 
 def servers_of(cluster: Logs, workspace: Object) -> list[Object]:
     """The pods of its endpoint, the oldest first, in whatever form: the one before serves on until the new one does."""
-    return [p for p in _pods(cluster, workspace) if _serves(p)]
+    return _pods(cluster, workspace, STATEFUL_SETS)
 
 
 def answering(cluster: Logs, workspace: Object) -> list[Object]:
@@ -69,14 +70,13 @@ def answering(cluster: Logs, workspace: Object) -> list[Object]:
     return [p for p in servers_of(cluster, workspace) if p["metadata"]["name"].endswith("-0")]
 
 
-def _pods(cluster: Logs, workspace: Object) -> list[Object]:
-    metadata = workspace["metadata"]
-    found = cluster.list(PODS, metadata["namespace"], labels=f"{labels.WORKSPACE}={metadata['name']}")[0]
-    return sorted(found, key=lambda p: (str(p["metadata"].get("creationTimestamp", "")), p["metadata"]["name"]))
-
-
-def _serves(pod: Object) -> bool:
-    return labels.SERVING in pod["metadata"].get("labels", {})
+def _pods(cluster: Logs, workspace: Object, kind: Kind) -> list[Object]:
+    """Those of its job, or of its StatefulSet: others may have its label."""
+    name, namespace = workspace["metadata"]["name"], workspace["metadata"]["namespace"]
+    found = cluster.list(PODS, namespace, labels=f"{labels.WORKSPACE}={name}")[0]
+    runs = cluster.get(kind, name, namespace) if found else None
+    own = controlled_by(found, runs) if is_controlled_by(runs, workspace) else ()
+    return sorted(own, key=lambda p: (str(p["metadata"].get("creationTimestamp", "")), p["metadata"]["name"]))
 
 
 def container_lines(
