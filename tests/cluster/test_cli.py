@@ -7,6 +7,7 @@ pods (``test_end_to_end.py``)."""
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,17 @@ import yaml
 
 from kaito_core.api.crd import crd
 from kaito_core.kube.client import Client, connect
-from kaito_core.kube.kinds import CONFIG_MAPS, CRDS, JOBS, LEASES, NAMESPACES, SECRETS, WORKSPACES, Object
+from kaito_core.kube.kinds import (
+    CONFIG_MAPS,
+    CRDS,
+    JOBS,
+    LEASES,
+    NAMESPACES,
+    SECRETS,
+    WORKSPACES,
+    Object,
+    owner_reference,
+)
 from kaito_core.plugins.types import Offer, Price
 from kaito_core.testing.cluster import running_cluster, why_no_cluster
 from kaito_core.testing.provisioner_plugin import CloudFolder
@@ -290,6 +301,22 @@ def test_what_the_api_server_refuses_is_said_in_its_words(kaito: Kaito, team: Te
     assert refused.stderr.startswith(f"{team.file}:{line}:")
     assert "error: tuning: the cluster does not accept it:" in refused.stderr
     assert "preset cannot be changed" in refused.stderr
+
+
+@pytest.mark.usefixtures("controller")
+def test_what_another_controller_looks_after_is_not_written(kaito: Kaito, team: Team) -> None:
+    """It would be written back, or be gone with its owner."""
+    owner = team.client.create(
+        CONFIG_MAPS, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "web", "namespace": team.namespace}}
+    )
+    login = {"name": "registry-login", "namespace": team.namespace, "ownerReferences": [owner_reference(owner)]}
+    before = team.client.create(SECRETS, {"apiVersion": "v1", "kind": "Secret", "metadata": login})
+    run = kaito("run", "--yes", team.file)
+    assert run.returncode == 2
+    words = f"the Secret {team.namespace}/registry-login is there already and belongs to the ConfigMap web"
+    assert re.search(rf"{re.escape(str(team.file))}:\d+:\d+: error: metadata.name: {words}", run.stderr), run.stderr
+    assert team.workspace() is None
+    assert team.client.get(SECRETS, "registry-login", team.namespace) == before
 
 
 def test_a_cluster_without_a_controller(kaito: Kaito, team: Team) -> None:

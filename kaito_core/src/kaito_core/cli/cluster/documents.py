@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kaito_core.api.labels import SERVE_AFTER_TUNING
 from kaito_core.kube.errors import ApiError, Invalid, NotFound
 from kaito_core.kube.kinds import CONFIG_MAPS, SECRETS, WORKSPACES, Kind, Object
+from kaito_core.kube.ownership import controller_of
 from kaito_core.problems import Problem, UserError
 
 if TYPE_CHECKING:
@@ -108,9 +109,20 @@ def try_out(client: Client, all_of_them: Sequence[Applicable]) -> list[Object]:
             made.append(apply(client, one, dry_run=True))
         except UserError as e:
             problems.extend(e.problems)
+        else:
+            problems.extend(_of_another(one, made[-1]))
     if problems:
         raise UserError(problems)
     return made
+
+
+def _of_another(one: Applicable, made: Object) -> Iterator[Problem]:
+    """Why the object is not the user's to write: it is there already, and what controls it would write it again, or remove it."""
+    controller = controller_of(made)  # files have no owner references: what is there has them
+    if controller is not None:
+        words = f"the {one} is there already and belongs to the {controller.get('kind')} {controller.get('name')}"
+        remedy = f"give it another name, or change the {controller.get('kind')}"
+        yield one.document.locate(Problem(words, remedy, "metadata.name"))
 
 
 def refused(error: ApiError, document: Document) -> Problem:
