@@ -18,7 +18,7 @@ from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure,
 from kaito_core.controller.reconcile.observed import Installed, Observed, Planned, PodProgress, World
 from kaito_core.controller.settings import Settings
 from kaito_core.kube.errors import ApiError, Conflict, Invalid
-from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, PODS, SERVICES, STATEFUL_SETS, Kind, Object
+from kaito_core.kube.kinds import ENDPOINT_SLICES, JOBS, PODS, SERVICES, STATEFUL_SETS, Kind, Object, owner_reference
 from kaito_core.planning.plan import Catalog, plan
 from kaito_core.planning.serving import serving_after
 from kaito_core.plugins.types import InferenceRuntime, NodeStatus, Offer, Price, ProvisioningError
@@ -311,6 +311,7 @@ class Simulation:
                     "name": f"one-{n}",
                     "uid": f"s-{n}-{self.writes}",
                     "creationTimestamp": time_of(self.now),
+                    "ownerReferences": [owner_reference(self.objects[STATEFUL_SETS, "one"])],
                 },
                 "spec": {"nodeName": "node-1"},
                 "status": {"podIP": "10.0.0.9"},
@@ -357,7 +358,12 @@ class Simulation:
         name = f"one-{len(self.pods)}"
         state = container if container is not None else {"running": {}} if running else {"waiting": {}}
         made: Object = {
-            "metadata": {"name": name, "uid": name, "creationTimestamp": f"2027-01-15T08:00:{len(self.pods):02}Z"},
+            "metadata": {
+                "name": name,
+                "uid": name,
+                "creationTimestamp": f"2027-01-15T08:00:{len(self.pods):02}Z",
+                "ownerReferences": [owner_reference(self.job)] if self.job else [],
+            },
             "spec": {"nodeName": "node-1"},
             "status": {"containerStatuses": [{"name": "one", "image": "r.io/tuner:1", "state": state}], **status},
         }

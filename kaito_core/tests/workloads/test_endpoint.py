@@ -129,13 +129,14 @@ def test_a_service_is_routed_when_a_slice_of_kubernetes_has_a_ready_endpoint() -
     ours = activator_slice(OWNER, ("10.0.0.1", 20001))
     theirs: Object = {
         "metadata": {"labels": {"kubernetes.io/service-name": "one"}},
-        "endpoints": [{"conditions": {"ready": False}}],
+        "endpoints": [{"conditions": {"ready": False}, "targetRef": {"uid": "p"}}],
     }
-    assert not routed([ours, theirs], "one")
-    theirs["endpoints"].append({"conditions": {"ready": True}})
-    assert routed([ours, theirs], "one")
-    assert not routed([theirs], "one-headless")
-    assert not routed([], "one")
+    assert not routed([ours, theirs], "one", {"p"})
+    theirs["endpoints"].append({"conditions": {"ready": True}, "targetRef": {"uid": "p"}})
+    assert routed([ours, theirs], "one", {"p"})
+    assert not routed([ours, theirs], "one", {"another"}), "a pod that has the labels and is not the endpoint's"
+    assert not routed([theirs], "one-headless", {"p"})
+    assert not routed([], "one", {"p"})
 
 
 def test_an_adapter_in_an_image_becomes_a_volume_and_one_on_a_disk_stays() -> None:

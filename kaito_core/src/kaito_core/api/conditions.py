@@ -38,6 +38,7 @@ REASONS: Final[dict[str, tuple[str, ...]]] = {
         "PolicyRefused",
         "ConfigMapMissing",
         "SecretMissing",
+        "NameTaken",
     ),
     NODE_CLAIM_READY: ("NodeClaimsReady", "NodeClaimNotReady"),
     NODES_READY: ("NodesReady", "NodeNotReady", "NodePluginsNotReady"),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kaito_core.api import labels
 from kaito_core.controller.reconcile.decision import Decision, Endpoint, Ensure, Observe, Release
-from kaito_core.kube.errors import AlreadyExists
-from kaito_core.kube.kinds import WORKSPACES, Kind, Object
+from kaito_core.kube.kinds import WORKSPACES, Object
 from kaito_core.plugins.calls import words
 from kaito_core.plugins.types import (
     InsufficientCapacity,
@@ -24,9 +23,10 @@ from kaito_core.plugins.types import (
     Transient,
     Unsupported,
 )
-from kaito_core.problems import Failure, KaitoError
+from kaito_core.problems import KaitoError
 
 if TYPE_CHECKING:
+    from kaito_core.controller.owned_objects import OwnedObjects
     from kaito_core.controller.seen import Seen
     from kaito_core.kube.client import Client
     from kaito_core.kube.events import Recorder
@@ -41,29 +41,29 @@ class Actor:
         self,
         client: Client,
         seen: Seen,
+        owned: OwnedObjects,
         recorder: Recorder,
         tell: Callable[[tuple[str, str], Endpoint | None], None] = lambda key, endpoint: None,
     ) -> None:
         self._client = client
         self._seen = seen
+        self._owned = owned
         self._recorder = recorder
         self._tell = tell
 
     def act(self, workspace: Object, decision: Decision) -> Object:
-        """Do it, in the order of the fields; the Workspace as it is afterwards. Raises `ApiError`."""
+        """Do it, in the order of the fields; the Workspace as it is then. Raises `ApiError`, and `NameTaken` before the status is written
+        when an object of another owner stands where one of the Workspace's belongs."""
         name, namespace = workspace["metadata"]["name"], workspace["metadata"]["namespace"]
         if decision.finalizer is True:
             kept = workspace["metadata"].get("finalizers", ())
             workspace = self._finalizers(workspace, [*kept, labels.FINALIZER], decision.annotations)
         for kind, obj in decision.create:
-            self._create(kind, obj, workspace)
+            self._owned.create(workspace, kind, obj)
         for kind, obj in decision.apply:
-            self._seen.wrote(kind, self._client.apply(kind, dict(obj)))
-            log.info("applied %s %s", kind, obj["metadata"]["name"])
+            self._owned.apply(workspace, kind, obj)
         for deletion in decision.delete:
-            how = "Foreground" if deletion.foreground else "Background"
-            self._client.delete(deletion.kind, deletion.name, namespace, propagation=how, uid=deletion.uid)
-            log.info("deleted %s %s", deletion.kind, deletion.name)
+            self._owned.delete(workspace, deletion)
         workspace = self._status(workspace, decision)
         self._tell((namespace, name), decision.endpoint)
         for note in decision.notes:
@@ -100,25 +100,6 @@ class Actor:
     def _wrote(self, workspace: Object) -> Object:
         self._seen.wrote(WORKSPACES, workspace)
         return workspace
-
-    def _create(self, kind: Kind, obj: Object, workspace: Object) -> None:
-        name, namespace = obj["metadata"]["name"], obj["metadata"]["namespace"]
-        try:
-            made = self._client.create(kind, obj)
-        except AlreadyExists:
-            there = self._client.get(kind, name, namespace)
-            if there is None:
-                raise  # it went away in between: the next try makes it
-            owners = {o.get("uid") for o in there["metadata"].get("ownerReferences", ())}
-            if workspace["metadata"]["uid"] not in owners:
-                raise Failure(
-                    f"there is already a {kind.kind} {namespace}/{name}, and it is not of this Workspace",
-                    "delete it, or give the Workspace another name",
-                ) from None
-            made = there
-        else:
-            log.info("created %s %s", kind, name)
-        self._seen.wrote(kind, made)
 
 
 def _nulls(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,10 @@ class Forsaken:
         """This is about to be asked for; what the same Workspace had before has been given back."""
         self._asked.setdefault(key, {})[uid] = Release(question.provisioner, question.request.id)
 
+    def knows(self, key: Key, uid: str, question: Ensure) -> bool:
+        """Whether just this has been asked for before."""
+        return self._asked.get(key, {}).get(uid) == Release(question.provisioner, question.request.id)
+
     def let_go(self, key: Key, uid: str) -> None:
         """Everything of this Workspace has been given back, and its finalizer is gone."""
         self._asked.get(key, {}).pop(uid, None)

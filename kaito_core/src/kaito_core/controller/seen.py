@@ -31,6 +31,10 @@ class Seen:
             with self._lock:
                 self._written[kind][_place(obj)] = small
 
+    def watches(self, kind: Kind) -> bool:
+        """Whether objects of this kind are known here at all."""
+        return kind in self._reflectors
+
     def get(self, kind: Kind, name: str, namespace: str = "") -> Object | None:
         """The object as it is known now; None when there is none."""
         reflector, place = self._reflectors[kind], (namespace, name)

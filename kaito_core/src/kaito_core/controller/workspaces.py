@@ -26,6 +26,8 @@ from kaito_core.controller.failed_create import failed_create
 from kaito_core.controller.following import Following
 from kaito_core.controller.forsaken import Forsaken
 from kaito_core.controller.loop import Controller, Result
+from kaito_core.controller.name_conflicts import NameConflicts
+from kaito_core.controller.owned_objects import OwnedObjects
 from kaito_core.controller.planner import Planner, cluster_provisioners
 from kaito_core.controller.reconcile.case import Case, error_patch, seconds_or_never
 from kaito_core.controller.reconcile.decide import decide, needs_plan
@@ -52,6 +54,7 @@ from kaito_core.kube.kinds import (
     WORKSPACES,
     Object,
 )
+from kaito_core.kube.ownership import NameTaken, controlled_by, is_controlled_by
 from kaito_core.kube.reflector import Reflector
 from kaito_core.kube.workqueue import WorkQueue
 from kaito_core.plugins.types import Held
@@ -132,8 +135,10 @@ class WorkspaceController:
         images = {"transformers", *settings.runtime_images}
         self._planner = Planner(client, plugins, self._provisioners, images, self._configs)
         self._recorder = Recorder(client, "kaito-controller")
-        self._actor = Actor(client, self._seen, self._recorder, self._tell)
-        self._following = Following(client, self._pods.list, self._pod_moved)
+        self._owned = OwnedObjects(client, self._seen)
+        self._name_conflicts = NameConflicts(self._owned)
+        self._actor = Actor(client, self._seen, self._owned, self._recorder, self._tell)
+        self._following = Following(client, self._own_pods, self._pod_moved)
         self._forsaken = Forsaken(lambda release: ask(self._provisioners, release, metrics))
         self._sweep = Sweep(
             {n: p for n, p in self._provisioners.items() if p.holds},
@@ -281,6 +286,7 @@ class WorkspaceController:
         if not self._forsaken.given_back(key, workspace["metadata"]["uid"] if workspace else ""):
             self.queue.add_after(key, POLL)
         if workspace is None:
+            self._name_conflicts.forget(key)
             self._tell(key, None)
             return Result()
         try:
@@ -302,11 +308,22 @@ class WorkspaceController:
                     isinstance(decision.ask, Ensure)
                     and self._installed.get(decision.ask.provisioner, Installed()).holds
                 ):
+                    if not self._forsaken.knows(key, uid, decision.ask) and self._is_in_the_way(workspace, observed):
+                        # No machine is paid for where the objects that run on it could not be made.
+                        observed = replace(self._observe(workspace), asked=observed.asked)
+                        continue
                     self._forsaken.asked(key, uid, decision.ask)
                 answer = ask(self._provisioners, decision.ask, self._metrics)
                 observed = replace(observed, asked={**observed.asked, decision.ask.key: answer})
                 continue
-            workspace = self._actor.act(workspace, decision)
+            try:
+                workspace = self._actor.act(workspace, decision)
+            except NameTaken as e:
+                if not self._name_conflicts.found(workspace, e.kind, e.name):
+                    raise
+                workspace = self._seen.get(WORKSPACES, metadata["name"], metadata["namespace"]) or workspace
+                observed = replace(self._observe(workspace), asked=observed.asked)
+                continue
             if decision.finalizer is False:
                 self._forsaken.let_go(key, uid)
             if not decision.again:
@@ -317,10 +334,10 @@ class WorkspaceController:
     def _observe(self, workspace: Object) -> Observed:
         metadata = workspace["metadata"]
         name, namespace = metadata["name"], metadata["namespace"]
-        all_pods = self._pods.indexed(namespace, name)
-        pods = tuple(p for p in all_pods if labels.SERVING not in p["metadata"].get("labels", {}))
-        servers = tuple(p for p in all_pods if labels.SERVING in p["metadata"].get("labels", {}))
-        bound = {p["spec"]["nodeName"] for p in all_pods if p.get("spec", {}).get("nodeName")}
+        pods, servers = self._pods_of(workspace)
+        service = self._seen.get(SERVICES, name, namespace)
+        slices = controlled_by(self._slices.indexed(namespace, name), service)
+        bound = {p["spec"]["nodeName"] for p in (*pods, *servers) if p.get("spec", {}).get("nodeName")}
         bound.update((workspace.get("status") or {}).get("workerNodes", ()))
         newest = latest(pods)
         observed = Observed(
@@ -328,10 +345,10 @@ class WorkspaceController:
             job=self._seen.get(JOBS, name, namespace),
             pods=pods,
             stateful_set=self._seen.get(STATEFUL_SETS, name, namespace),
-            service=self._seen.get(SERVICES, name, namespace),
+            service=service,
             headless=self._seen.get(SERVICES, headless_name(name), namespace),
             slice=self._seen.get(ENDPOINT_SLICES, slice_name(name), namespace),
-            routed=routed(self._slices.indexed(namespace, name), name),
+            routed=routed(slices, name, {p["metadata"]["uid"] for p in servers}),
             servers=servers,
             activity={p["metadata"]["uid"]: said for p in servers if (said := self._following.progress(p))},
             activator=(self._pod_ip, 0) if self._activator else None,  # its port is known when one is needed
@@ -340,6 +357,7 @@ class WorkspaceController:
             revisions=tuple(self._seen.list(REVISIONS, namespace, {labels.REVISION_NAME: name})),
             progress=self._following.progress(newest) if newest else None,
             provisioners=self._installed,
+            name_conflicts=self._name_conflicts.of(workspace),
         )
         case = Case(workspace, observed, self._world)
         if (lacking := lacks_pods(case)) is not None:
@@ -356,6 +374,23 @@ class WorkspaceController:
             if case.serves:  # planning has looked at it anew
                 observed = replace(observed, config=self._config(workspace))
         return observed
+
+    def _pods_of(self, workspace: Object) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
+        """The pods of its job, and those of its endpoint: others may have its label."""
+        name, namespace = workspace["metadata"]["name"], workspace["metadata"]["namespace"]
+        labelled = self._pods.indexed(namespace, name)
+        runs = (self._seen.get(kind, name, namespace) for kind in (JOBS, STATEFUL_SETS))
+        pods, servers = (controlled_by(labelled, r if is_controlled_by(r, workspace) else None) for r in runs)
+        return pods, servers
+
+    def _own_pods(self) -> list[Object]:
+        """Those of all Workspaces."""
+        return [pod for workspace in self._workspaces.list() for pods in self._pods_of(workspace) for pod in pods]
+
+    def _is_in_the_way(self, workspace: Object, observed: Observed) -> bool:
+        """Whether the API server has an object of another owner where one of the Workspace's is needed."""
+        needs = Case(workspace, observed, self._world).needs
+        return any(self._name_conflicts.found(workspace, kind, name) for kind, name in needs)
 
     def _config(self, workspace: Object) -> str:
         """What its settings are. To a replica of an InferenceSet its set says when it shall have others."""
@@ -395,7 +430,7 @@ def _small_job(job: Object) -> Object:
 
 def _small_part(part: Object) -> Object:
     """Of an endpoint: what it was made from is in an annotation."""
-    endpoints = [{"conditions": e.get("conditions")} for e in part.get("endpoints") or ()]
+    endpoints = [{k: e.get(k) for k in ("conditions", "targetRef")} for e in part.get("endpoints") or ()]
     return _small(part, spec={"replicas": part.get("spec", {}).get("replicas")}, endpoints=endpoints or None)
 
 

@@ -15,7 +15,7 @@ import ipaddress
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -195,8 +195,9 @@ def slice_name(workspace_name: str) -> str:
     return f"{workspace_name}-activator"
 
 
-def routed(slices: Iterable[Object], service_name: str) -> bool:
-    """Whether Kubernetes itself sends what comes for the Service to a pod: one of its own slices has an endpoint that is ready.
+def routed(slices: Iterable[Object], service_name: str, pods: Collection[str]) -> bool:
+    """Whether Kubernetes itself sends what comes for the Service to one of the pods with these uids: one of its own slices has that
+    endpoint, and it is ready.
 
     A pod that is ready is not yet there: who would take the activator away on the pod's word alone would leave the Service empty
     until Kubernetes has caught up, and clients refused."""
@@ -206,7 +207,9 @@ def routed(slices: Iterable[Object], service_name: str) -> bool:
         return bool(has.get(SERVICE_NAME) == service_name and has.get(MANAGED_BY) != labels.GROUP)
 
     endpoints = (e for each in slices if is_kubernetes(each) for e in each.get("endpoints") or ())
-    return any((e.get("conditions") or {}).get("ready") for e in endpoints)
+    return any(
+        (e.get("conditions") or {}).get("ready") and (e.get("targetRef") or {}).get("uid") in pods for e in endpoints
+    )
 
 
 MOUNTS_IMAGES: Final = (1, 35)

@@ -25,18 +25,21 @@ def accept(case: Case) -> bool:
         refusal, problems = "PolicyRefused", tuple(forbidden)
     if refusal is not None:
         waiting = refusal in WAITING
+        ends = not waiting or refusal == "NameTaken" or _waited(case) > KEPT
         message = words(problems)
         if case.set(conditions.ACCEPTED, "False", refusal, message):
             case.note("Warning", refusal, message)
-        asked = "machines were asked for, and are kept for a while" if case.attempt else "no machine has been asked for"
+        kept = "machines were asked for, and are " + ("given back" if ends else "kept for a while")
+        asked = kept if case.attempt else "no machine has been asked for"
         case.set(conditions.RESOURCE_READY, "False", "workspaceResourceStatusNotReady", asked)
         reason = "workspacePending" if waiting else "workspaceFailed"
         case.set(conditions.WORKSPACE_SUCCEEDED, "False", reason, message)
         case.state("Pending" if waiting else "Failed")
-        if not waiting or _waited(case) > KEPT:
+        if ends:
             give_up(case, "Refused", message)
         if waiting and (case.attempt is not None or refusal != "NoNode"):
             case.look_again(WAIT)
+        case.look_for_names()
         return False
     case.set(conditions.ACCEPTED, "True", "Planned", words(problems))
     case.status.pop("finishedRevision", None)  # of an earlier revision: from here on it can be run again

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from kaito_core.api.inference import IDLE_SECONDS
 from kaito_core.api.resource import seconds_of
 from kaito_core.controller.reconcile.decision import Decision, Deletion, Endpoint, Ensure, Note, Observe, Release
 from kaito_core.controller.reconcile.observed import Observed, World
+from kaito_core.controller.reconcile.ownership import REMOVED_SECONDS, are_removed, in_the_way, needed, own, refused
 from kaito_core.controller.reconcile.revisions import History, history
 from kaito_core.kube.kinds import CONFIG_MAPS, Kind, Object
 from kaito_core.problems import KaitoError
@@ -37,11 +39,11 @@ class Case:
 
     def __init__(self, workspace: Object, observed: Observed, world: World) -> None:
         self.workspace = workspace
-        self.observed = observed
+        self.observed = own(workspace, observed)
         self.world = world
         self.status: dict[str, Any] = copy.deepcopy(workspace.get("status") or {})
         self.status["attempts"] = attempts_of(self.workspace, self.status)
-        self.history: History = history(workspace, observed.revisions)
+        self.history: History = history(workspace, self.observed.revisions)
         self.finalizer: bool | None = None
         self.annotations: dict[str, str] = {}
         self.silent = False
@@ -56,6 +58,10 @@ class Case:
         self.notes: list[Note] = []
         self.again = False
         self.look_again_after: float | None = None
+        self.name_conflicts = in_the_way(self.observed.name_conflicts, self.needs)
+        """Objects of other owners that keep the Workspace from being run."""
+        if self.name_conflicts:
+            self.observed = replace(self.observed, planned=refused(workspace, self.name_conflicts))
 
     # --- what is
 
@@ -94,12 +100,11 @@ class Case:
 
     @property
     def job_is_current(self) -> bool:
-        """Whether the job is this revision's, of this very Workspace (not of one of its name before it), and to stay."""
+        """Whether the job is this revision's, and to stay."""
         if self.job is None or "deletionTimestamp" in self.job["metadata"]:
             return False
         annotations = self.job["metadata"].get("annotations", {})
-        ours = any(o.get("uid") == self.uid for o in self.job["metadata"].get("ownerReferences", ()))
-        return ours and bool(annotations.get(labels.REVISION_HASH) == self.history.current.hash)
+        return bool(annotations.get(labels.REVISION_HASH) == self.history.current.hash)
 
     @property
     def tunes(self) -> bool:
@@ -130,6 +135,15 @@ class Case:
     def idle_after(self) -> float:
         """Seconds without a request after which an endpoint on demand goes to sleep."""
         return seconds_of(str((self.workspace.get("inference") or {}).get("idleAfter", ""))) or IDLE_SECONDS
+
+    @property
+    def needs(self) -> list[tuple[Kind, str]]:
+        """The objects that it is run with (`kaito_core.controller.reconcile.ownership.needed`)."""
+        if not (self.serves or self.tunes):
+            return []
+        given = ((self.workspace.get("tuning") or {}).get("checkpoints") or {}).get("volumeSource")
+        claim = not given and bool(self.world.settings.checkpoint_storage_class)
+        return list(needed(self.workspace, serving=self.serves, claim=claim))
 
     # --- attempts to get machines
 
@@ -222,6 +236,11 @@ class Case:
             self.state("NotReady")
         return self.set(conditions.INFERENCE_READY, "False", reason or "WorkspaceInferenceStatusPending", message)
 
+    def look_for_names(self) -> None:
+        """Come back soon where what is in the way goes by itself."""
+        if are_removed(self.workspace, self.name_conflicts):
+            self.look_again(REMOVED_SECONDS)
+
     def look_again(self, seconds: float) -> None:
         """Come back, at the latest, after so many seconds."""
         self.look_again_after = min(seconds, self.look_again_after or seconds)
@@ -230,12 +249,13 @@ class Case:
         if self.ask is None and not self.again:  # the last one of a reconcile: it is written when all of it has worked
             self.unset(conditions.RECONCILED)
         status = {k: v for k, v in self.status.items() if v not in (None, "", [], {})}
+        theirs = {(kind, obj["metadata"]["name"]) for kind, obj in self.observed.name_conflicts}
         return Decision(
             finalizer=self.finalizer,
             annotations=self.annotations,
             ask=self.ask,
-            create=tuple(self.create),
-            apply=tuple(self.apply),
+            create=tuple(made for made in self.create if _place(made) not in theirs),
+            apply=tuple(made for made in self.apply if _place(made) not in theirs),
             endpoint=self.endpoint,
             delete=tuple(self.delete),
             status=None if self.silent else status,
@@ -243,6 +263,10 @@ class Case:
             again=self.again or self.ask is not None,
             look_again_after=self.look_again_after,
         )
+
+
+def _place(made: tuple[Kind, Object]) -> tuple[Kind, str]:
+    return made[0], made[1]["metadata"]["name"]
 
 
 def attempts_of(workspace: Object, status: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def decide(workspace: Object, observed: Observed, world: World) -> Decision:
 
 def needs_plan(case: Case) -> bool:
     """Whether the decision will look at `Observed.planned`, which is not for nothing."""
-    if case.deleting:
+    if case.deleting or case.name_conflicts:
         return False
     if case.serves:
         return needs_serving_plan(case)

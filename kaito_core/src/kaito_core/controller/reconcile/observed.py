@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from kaito_core.kube.kinds import Object
+from kaito_core.kube.kinds import Kind, Object
 from kaito_core.plugins.types import NodeStatus
 from kaito_core.problems import Problem
 
@@ -17,12 +17,22 @@ if TYPE_CHECKING:
     from kaito_core.workloads.workload import Workload
 
 Refusal = Literal[
-    "InvalidWorkspace", "PlanRefused", "DoesNotFit", "NoNode", "PolicyRefused", "ConfigMapMissing", "SecretMissing"
+    "InvalidWorkspace",
+    "PlanRefused",
+    "DoesNotFit",
+    "NoNode",
+    "PolicyRefused",
+    "ConfigMapMissing",
+    "SecretMissing",
+    "NameTaken",
 ]
 """Reasons of the condition ``Accepted`` when it is False."""
 
-WAITING: frozenset[Refusal] = frozenset({"NoNode", "ConfigMapMissing", "SecretMissing"})
-"""Those that may mend themselves without a change of the Workspace: somebody adds what is missing."""
+WAITING: frozenset[Refusal] = frozenset({"NoNode", "ConfigMapMissing", "SecretMissing", "NameTaken"})
+"""Those that may mend themselves without a change of the Workspace: what is missing is added, what is in the way goes."""
+
+NameConflict = tuple[Kind, Object]
+"""An object of another owner that has the name of one of the Workspace's."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,8 @@ class Observed:
     """The Node objects that the pods are bound to, and those of ``status.workerNodes``, by name; None where the node is gone."""
     revisions: tuple[Object, ...] = ()
     """The Workspace's ControllerRevisions."""
+    name_conflicts: tuple[NameConflict, ...] = ()
+    """Objects of other owners where the Workspace's own belong, as far as they are known (`kaito_core.controller.reconcile.ownership`)."""
     asked: Mapping[str, NodeStatus] = field(default_factory=dict)
     """What the provisioners answered in this very reconcile, by `Ensure.key` and `Release.key`."""
     progress: PodProgress | None = None

@@ -160,6 +160,12 @@ def _sleep(case: Case) -> None:
         return
     _enter(case, "Asleep")
     _stop(case)
+    if case.name_conflicts:  # the endpoint cannot be woken
+        _accepted(case)
+        return
+    accepted = find(case.status.get("conditions"), conditions.ACCEPTED) or {}
+    if accepted.get("reason") == "NameTaken":
+        case.set(conditions.ACCEPTED, "True", "Planned", "")  # what was in the way is gone
     case.set(
         conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "no machine is held while nobody asks"
     )
@@ -168,13 +174,12 @@ def _sleep(case: Case) -> None:
 
 
 def _stop(case: Case) -> None:
-    """End the pods, and give the machines back when nothing runs there any more."""
+    """End the pods, and give the machines back when nothing runs there any more. The StatefulSet goes after its pods, since a pod is its
+    endpoint's by the StatefulSet's uid alone."""
     there = case.observed.stateful_set
     if there is not None and "deletionTimestamp" not in there["metadata"]:
-        case.end(STATEFUL_SETS, there)
-    if (there is not None or case.observed.servers) and _for(
-        case
-    ) < GONE:  # else its kubelet is dead, and its machine is paid for
+        case.end(STATEFUL_SETS, there, foreground=True)
+    if there is not None and _for(case) < GONE:  # else its kubelet is dead, and its machine is paid for
         case.look_again(SPOT_CHECK)
         return
     release(case, "Idle")
@@ -191,7 +196,7 @@ def _run(case: Case) -> None:
     if (case.workspace.get("inference") or {}).get("config"):
         case.look_again(CONFIG_CHECK)
     there = case.observed.stateful_set
-    if there is None or not _is_current(case):
+    if there is None or not _is_current(case) or case.name_conflicts:
         _start(case)
         return
     accepted = find(case.status.get("conditions"), conditions.ACCEPTED) or {}
@@ -315,6 +320,7 @@ def _accepted(case: Case) -> bool:
     if case.attempt is not None and case.observed.stateful_set is None:
         give_up(case, "Refused", message)
     case.look_again(REFUSED)
+    case.look_for_names()
     return False
 
 
@@ -437,7 +443,9 @@ def _show(case: Case) -> None:
     address, held = case.observed.activator, case.observed.slice
     if case.endpoint is None:
         case.endpoint = Endpoint(words=ASLEEP)
-    if address is None or (case.endpoint.address and case.observed.routed):
+    theirs = any(kind == SERVICES and obj["metadata"]["name"] == case.name for kind, obj in case.name_conflicts)
+    # An EndpointSlice joins the Service of its label: with another owner's Service, their requests would come here.
+    if theirs or address is None or (case.endpoint.address and case.observed.routed):
         if held is not None:
             case.delete.append(Deletion(ENDPOINT_SLICES, held["metadata"]["name"], held["metadata"]["uid"]))
     else:
