@@ -28,7 +28,7 @@ import yaml
 
 from kaito_core.controller.configs import digest
 from kaito_core.controller.reconcile.revisions import hash_of, served_by
-from kaito_core.kube.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, SERVICES, WORKSPACES, Kind
+from kaito_core.kube.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, SERVICES, WORKSPACES, Kind, owner_reference
 from kaito_core.testing.cluster import why_no_cluster
 from kaito_core.testing.cluster.node import host_address
 from kaito_core.testing.cluster.programs import assets
@@ -330,6 +330,9 @@ def test_status_shows_the_endpoint(kaito: Kaito, team: Team) -> None:
     ingress = {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}}}
     team.client.patch(SERVICES, "small", team.namespace, {"spec": {"type": "LoadBalancer"}})
     team.client.patch(SERVICES, "small", team.namespace, ingress, subresource="status")
+    assert "203.0.113.7" not in kaito("status", "small").stdout, "a Service of that name that is another's"
+    owned = {"metadata": {"ownerReferences": [owner_reference(team.until_there())]}}
+    team.client.patch(SERVICES, "small", team.namespace, owned)
     assert "outside   http://203.0.113.7" in kaito("status", "small").stdout
 
 

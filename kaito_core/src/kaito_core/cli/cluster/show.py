@@ -14,6 +14,7 @@ from kaito_core.cli.cluster.workspace import attempt_words, attempts, is_current
 from kaito_core.cli.show import duration
 from kaito_core.kube.errors import ApiError
 from kaito_core.kube.kinds import EVENTS, SERVICES, WORKSPACES, Object
+from kaito_core.kube.ownership import is_controlled_by
 
 if TYPE_CHECKING:
     from kaito_core.kube.client import Client
@@ -113,9 +114,10 @@ def _outside(client: Client, workspace: Object) -> str:
     if not asked or not endpoint.url(workspace):
         return ""
     try:
-        service = client.get(SERVICES, metadata["name"], metadata["namespace"]) or {}
+        found = client.get(SERVICES, metadata["name"], metadata["namespace"])
     except ApiError as e:
         return e.problems[0].message
+    service = found if found and is_controlled_by(found, workspace) else {}
     given = service.get("status", {}).get("loadBalancer", {}).get("ingress") or []
     hosts = [str(i.get("hostname") or i.get("ip")) for i in given]
     return (
