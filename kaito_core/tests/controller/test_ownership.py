@@ -157,7 +157,7 @@ def test_what_appears_between_the_look_and_the_write_is_not_taken_over(which: st
 
 CHANGES: dict[str, Callable[[World], None]] = {
     "is changed": lambda world: world.change(
-        metadata={"annotations": annotations(world) | {"kaito.sh/enableLoadBalancer": "true"}, "generation": 2},
+        metadata={"annotations": annotations(world) | {labels.ENABLE_LOAD_BALANCER: "true"}, "generation": 2},
         **{
             part: (world.workspace or {})[part] | given
             for part, given in OTHERWISE.items()
