@@ -195,6 +195,12 @@ class Case:
         new: dict[str, Any] = {"type": kind, "status": status, "reason": reason, "message": _short(message)}
         return set_condition(found, new, self.time, self.generation)
 
+    def stays_accepted(self) -> None:
+        """Say that the plan which runs is the accepted one: its warnings stay, and what was refused meanwhile has been taken back."""
+        old = find(self.status.get("conditions"), conditions.ACCEPTED) or {}
+        message = old.get("message", "") if old.get("status") == "True" else ""
+        self.set(conditions.ACCEPTED, "True", "Planned", message)
+
     def unset(self, *kinds: str) -> None:
         """Forget conditions that mean nothing any more."""
         found = [c for c in self.status.get("conditions", []) if c["type"] not in kinds]

@@ -50,7 +50,7 @@ def outcome(case: Case, job: Object) -> None:
     """Say how the job is doing; on its end, say how it ended."""
     pods = sorted(case.observed.pods, key=lambda p: str(p["metadata"].get("creationTimestamp", "")))
     pod = latest(pods)
-    case.set(conditions.ACCEPTED, "True", "Planned", "")  # else there were no job
+    case.stays_accepted()  # else there were no job
     ended = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c.get("status") == "True"}
     if ended & {"Complete", "Failed"} and _pods_are_behind(case, job, pods, ended):
         case.look_again(BEHIND)
@@ -260,7 +260,7 @@ def release(case: Case, reason: str = "") -> None:
     accepted = find(case.status.get("conditions"), conditions.ACCEPTED)
     if accepted and accepted["status"] == "False" and not case.serving:
         # A change that could not be run was taken back: what this revision made is still there.
-        case.set(conditions.ACCEPTED, "True", "Planned", "")
+        case.stays_accepted()
         if "adapter" in case.status:
             _say_success(case)
     attempt = case.attempt

@@ -165,7 +165,7 @@ def _sleep(case: Case) -> None:
         return
     accepted = find(case.status.get("conditions"), conditions.ACCEPTED) or {}
     if accepted.get("reason") == "NameTaken":
-        case.set(conditions.ACCEPTED, "True", "Planned", "")  # what was in the way is gone
+        case.stays_accepted()  # what was in the way is gone
     case.set(
         conditions.RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "no machine is held while nobody asks"
     )
@@ -199,10 +199,7 @@ def _run(case: Case) -> None:
     if there is None or not _is_current(case) or case.name_conflicts:
         _start(case)
         return
-    accepted = find(case.status.get("conditions"), conditions.ACCEPTED) or {}
-    # What was refused meanwhile has been taken back; the warnings of the plan that runs stay.
-    warnings = accepted.get("message", "") if accepted.get("status") == "True" else ""
-    case.set(conditions.ACCEPTED, "True", "Planned", warnings)
+    case.stays_accepted()
     if not machines_are_there(case, STATEFUL_SETS, there, latest(case.observed.servers)):
         return
     replicas = _replicas(there)
