@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -16,7 +20,7 @@ import httpx
 import pytest
 
 from kaito_core.problems import UserError
-from kaito_core.serving import api_key
+from kaito_core.serving import api_key, chat, face, sampling
 from kaito_core.serving.face import Face
 from kaito_core.serving.settings import Settings
 
@@ -138,24 +142,31 @@ def test_the_engines_stream_comes_through_piece_by_piece(serve: Serve) -> None:
         assert next(pieces) == b"data: [DONE]\n\n"
 
 
-def test_the_engine_gets_the_very_objects_of_the_server() -> None:
-    """No wrapping of ``receive`` and no copy of ``scope`` for what the face has nothing to do with."""
+def test_the_engine_gets_the_scope_of_the_server_and_the_bytes_of_the_client() -> None:
+    """No copy of ``scope``, a body in one piece however it came, and then what the server has to say: that the client has gone."""
     got: list[Any] = []
 
     async def engine(scope: Any, receive: Any, send: Any) -> None:
-        got.extend([scope, receive])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        got.extend([scope, await receive(), await receive()])
+
+    messages = [
+        {"type": "http.request", "body": b'{"a":', "more_body": True},
+        {"type": "http.request", "body": b" 1 }", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
 
     async def receive() -> Any:
-        raise AssertionError("nothing is read")
+        return messages.pop(0)
 
     async def send(message: Any) -> None: ...
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [(b"content-length", b"5")]}
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [(b"content-length", b"9")]}
     asyncio.run(Face(engine, Settings())(scope, receive, send))
     assert got[0] is scope
-    assert got[1] is receive
+    assert got[1:] == [
+        {"type": "http.request", "body": b'{"a": 1 }', "more_body": False},
+        {"type": "http.disconnect"},
+    ]
 
 
 def test_a_client_that_goes_away_in_mid_stream(serve: Serve) -> None:
@@ -341,12 +352,215 @@ async def many(served: Served, count: int) -> list[int]:
 
 
 def test_a_request_cut_off_in_the_middle_of_its_body(serve: Serve) -> None:
+    """It never was one: the endpoint does not count as busy with it."""
     served = serve()
-    with socket.create_connection(("127.0.0.1", served.port)) as s:
-        s.sendall(b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        eventually(lambda: metric(served, "kaito_requests_in_flight") == 1)
-    eventually(lambda: metric(served, "kaito_requests_in_flight") == 0)
-    assert metric(served, 'kaito_requests_total{path="/chat",code="499"}') == 1
+    with half_sent(served, b"{"):
+        eventually(lambda: served.face._intake.held == 1)
+        assert metric(served, "kaito_requests_in_flight") == 0
+    eventually(lambda: metric(served, 'kaito_requests_total{path="/chat",code="499"}') == 1)
+    assert served.face._intake.held == 0
+
+
+# --- bodies that do not come
+
+LENGTH = b"Content-Length: 100\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+HALF_SENT = {
+    "nothing of it": (LENGTH, b""),
+    "half of it": (LENGTH, b'{"prompt": "What'),
+    "all but a byte": (LENGTH, b" " * 99),
+    "a length that no server can hold": (b"Content-Length: 16777216\r\n", b"{"),
+    "no chunk": (CHUNKED, b""),
+    "half of a chunk": (CHUNKED, b"10\r\n{"),
+    "no last chunk": (CHUNKED, b"1\r\n{\r\n"),
+    "a client that wants to be told to go on": (LENGTH + b"Expect: 100-continue\r\n", b""),
+}
+
+
+def half_sent(served: Served, body: bytes, header: bytes = LENGTH, path: str = "/chat") -> socket.socket:
+    s = socket.create_connection(("127.0.0.1", served.port), timeout=20)
+    s.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode() + header + b"\r\n" + body)
+    return s
+
+
+def answer_of(s: socket.socket) -> bytes:
+    """Everything until the server ends the connection."""
+    data = b""
+    while piece := s.recv(65536):
+        data += piece
+    return data
+
+
+@pytest.mark.parametrize("count", [16, 64])
+def test_half_sent_bodies_take_no_place(serve: Serve, count: int) -> None:
+    """Of an endpoint that answers one request at once and lets one wait."""
+    served = serve(max_requests=1)
+    with contextlib.ExitStack() as stack:
+        ways = list(
+            itertools.product(("/chat", "/v1/chat/completions", "/v1/completions", "/tokenize"), HALF_SENT.values())
+        )
+        for path, (header, body) in itertools.islice(itertools.cycle(ways), count):
+            stack.enter_context(half_sent(served, body, header, path))
+        started = time.monotonic()
+        assert served.chat(prompt=QUESTION).status_code == 200
+        assert time.monotonic() - started < 5
+        assert metric(served, "kaito_requests_in_flight") == 0
+
+
+@pytest.mark.parametrize(("header", "body"), HALF_SENT.values(), ids=HALF_SENT)
+def test_a_body_that_does_not_come_is_given_up(serve: Serve, header: bytes, body: bytes) -> None:
+    served = serve(body_seconds=0.2)
+    with half_sent(served, body, header) as s:
+        said = answer_of(s)
+    head, _, content = said.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(content)["error"] == {
+        "message": "the body of the request did not come within 0.2 s", "type": "invalid_request_error", "param": None,
+        "code": "request_timeout",
+    }  # fmt: skip
+    assert served.engine.asked == []
+
+
+def test_a_body_that_dribbles_has_no_more_time_than_another(serve: Serve) -> None:
+    served = serve(body_seconds=0.5)
+    with half_sent(served, b"") as s:
+        s.settimeout(0.05)
+        until, said = time.monotonic() + 10, b""
+        while not said and time.monotonic() < until:
+            s.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                said = s.recv(65536)
+    assert said.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_refused_client_that_goes_on_sending_reads_why_and_is_let_go(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too large by its own word, too large as it comes, and without the key: the connection ends."""
+    monkeypatch.setattr(face, "LINGER", 0.2)
+    (tmp_path / "key").write_text("secret")
+    served, locked = serve(max_body=1000), serve(api_key_file=str(tmp_path / "key"))
+    for at, header, body, status in (
+        (served, b"Content-Length: 100000000\r\n", b"x" * 1001, b"413"),
+        (served, b"Content-Length: 00000000000000001001\r\n", b"x", b"413"),
+        (served, CHUNKED, b"3e9\r\n" + b"x" * 1001, b"413"),
+        (locked, LENGTH, b"{", b"401"),
+    ):
+        with half_sent(at, body, header) as s:
+            head, _, content = answer_of(s).partition(b"\r\n\r\n")
+            assert head.split(b" ", 2)[1] == status
+            assert json.loads(content)["error"]["message"]
+
+
+def test_large_bodies_that_do_not_end_leave_room_for_small_ones(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all clients together may make the endpoint hold is bounded."""
+    monkeypatch.setattr(face, "LINGER", 0.2)
+    served = serve(max_body=100_000)
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(half_sent(served, b" " * 99_000, b"Content-Length: 100000\r\n")) for _ in range(20)]
+        refused, _, _ = select.select(said, [], [], 10)
+        assert answer_of(refused[0]).startswith(b"HTTP/1.1 429 ")
+        assert served.face._intake.held <= 17 * 100_000
+        assert served.chat(prompt=QUESTION).status_code == 200
+
+
+# --- numbers that no tensor holds
+
+HOSTILE = (
+    "true",
+    '"7"',
+    "[]",
+    "{}",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "-1e400",
+    "2147483648",
+    "-2147483649",
+    "9" * 30,
+    "1.5e300",
+)
+
+
+def refused_by_name(answer: httpx.Response, field: str) -> bool:
+    error = answer.json()["error"]
+    return (
+        answer.status_code == 400
+        and error["param"] == field
+        and field in error["message"]
+        and "must be" in error["message"]
+    )
+
+
+def answers_to(path: str, bodies: list[str], engine: Engine) -> list[httpx.Response]:
+    """Without sockets: these are many."""
+
+    async def ask() -> list[httpx.Response]:
+        engine.gate = asyncio.Event()
+        engine.gate.set()
+        transport = httpx.ASGITransport(Face(engine, Settings(chat_model="demo", vocabulary=100)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return [await client.post(path, content=body.encode()) for body in bodies]
+
+    return asyncio.run(ask())
+
+
+def hostile_fields() -> list[tuple[str, str]]:
+    """Every field that is bounded, with what it may not be."""
+    cases = [(name, v) for name in sampling.NUMBERS for v in HOSTILE if name != "seed" or len(v) != 10 + v.count("-")]
+    cases += [("logprobs", v) for v in HOSTILE if v != "true"]
+    for name in sampling.LISTS_OF_TOKENS:
+        cases += [(name, f"[1, {v}]") for v in (*HOSTILE, "-1", "1.5", "100", "null")]
+        cases += [(name, v) for v in HOSTILE if v != "[]"] + [(name, str([1] * 1025))]
+    cases += [("logit_bias", f'{{"5": {v}}}') for v in (*HOSTILE, "101", "null")]
+    cases += [("logit_bias", f'{{"{k}": 1}}') for k in ("x", "-1", "1.5", "100", "2147483648", "9" * 30, "²", "")]
+    return cases + [("logit_bias", v) for v in HOSTILE if v != "{}"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
+def test_every_number_of_a_request_is_bounded_before_the_engine_sees_it(path: str) -> None:
+    cases, engine = hostile_fields(), Engine()
+    answers = answers_to(path, [f'{{"{name}": {value}}}' for name, value in cases], engine)
+    for (name, value), answer in zip(cases, answers, strict=True):
+        assert refused_by_name(answer, name), (name, value, answer.text)
+    (inner,) = answers_to(path, ['{"sampling_params": {"top_k": 2147483648}}'], engine)
+    assert refused_by_name(inner, "top_k")
+    assert engine.asked == []
+
+
+def test_what_is_within_its_bounds_reaches_the_engine_as_it_was_sent() -> None:
+    engine = Engine()
+    fine = {
+        "top_k": -1, "n": None, "seed": 2**63 - 1, "max_tokens": 5.0, "logit_bias": {"99": -100}, "stop_token_ids": [0, 99],
+        "logprobs": True, "temperature": 0, "metadata": {"top_k": 1e300},
+    }  # fmt: skip
+    (answer,) = answers_to("/v1/completions", [json.dumps(fine)], engine)
+    assert answer.status_code == 200
+    assert engine.asked == [("/v1/completions", fine)]
+
+
+def test_every_number_of_chat_is_bounded() -> None:
+    engine = Engine()
+    numbers = [name for name, what in chat.KWARGS.items() if isinstance(what, sampling.Bound)]
+    values = [v for v in HOSTILE if v not in ("NaN", "Infinity", "-Infinity")]  # no JSON on /chat
+    cases = [(n, v) for n, v in itertools.product(numbers, values) if (n, v) != ("seed", "2147483648")]
+    cases += [("eos_token_id", v) for v in ("[1e400]", "2147483648", "-1", "true")]
+    bodies = [f'{{"prompt": "x", "generate_kwargs": {{"{name}": {value}}}}}' for name, value in cases]
+    for (name, value), answer in zip(cases, answers_to("/chat", bodies, engine), strict=True):
+        assert refused_by_name(answer, f"generate_kwargs.{name}"), (name, value, answer.text)
+    (beyond,) = answers_to("/chat", ['{"prompt": "x", "generate_kwargs": {"eos_token_id": 100}}'], engine)
+    assert beyond.status_code == 400
+    assert engine.asked == []
+
+
+def test_what_is_no_object_is_for_the_engine_to_judge(serve: Serve) -> None:
+    served = serve()
+    for body in (b"[1]", b'"text"', b"7"):
+        served.http.post("/tokenize", content=body)
+    assert (
+        served.http.post("/v1/completions", content=b"[" * 100_000).status_code == 500
+    )  # of the engine of these tests
 
 
 def test_it_needs_nothing_but_the_standard_library() -> None:

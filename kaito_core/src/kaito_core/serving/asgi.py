@@ -61,15 +61,6 @@ async def call(app: App, scope: Scope, receive: Receive, method: str, path: str,
         "extensions": {},
         "state": dict(scope.get("state") or {}),
     }
-    given = False
-
-    async def inner_receive() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": content, "more_body": False}
-        return await receive()
-
     status, answered, parts = 0, {}, []
 
     async def inner_send(message: Message) -> None:
@@ -80,8 +71,22 @@ async def call(app: App, scope: Scope, receive: Receive, method: str, path: str,
         elif message["type"] == "http.response.body":
             parts.append(bytes(message.get("body", b"")))
 
-    await app(inner, inner_receive, inner_send)
+    await app(inner, once_more(content, receive), inner_send)
     return Answer(status, answered, b"".join(parts))
+
+
+def once_more(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives this body, and then what ``receive`` has, whose body was read."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return again
 
 
 async def respond(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:

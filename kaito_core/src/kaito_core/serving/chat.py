@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from kaito_core.serving.errors import HttpError
+from kaito_core.serving.sampling import INT32, NUMBER, NUMBERS, WHOLE, Bound, token_ids
 from kaito_core.serving.settings import Settings
 
 NO_PROMPT: Final = "Text generation parameter prompt required"
@@ -34,31 +35,31 @@ TOP_LEVEL: Final = (
     "prompt", "messages", "return_full_text", "clean_up_tokenization_spaces", "prefix", "handle_long_generation", "generate_kwargs",
 )  # fmt: skip
 
-_NUMBER, _INTEGER, _BOOL = "a number", "a whole number", "true or false"
+_BOOL, _TEXTS, _IDS = "true or false", "a text or a list of texts", "a whole number or a list of them"
 
-KWARGS: Final[Mapping[str, tuple[str, float | None, float | None]]] = {
-    # name: what it must be, least, most
-    "max_length": (_INTEGER, 1, None),
-    "min_length": (_INTEGER, 0, None),
-    "max_new_tokens": (_INTEGER, 1, None),
-    "min_new_tokens": (_INTEGER, 0, None),
-    "do_sample": (_BOOL, None, None),
-    "early_stopping": (_BOOL, None, None),
-    "num_beams": (_INTEGER, 1, None),
-    "temperature": (_NUMBER, 0, None),
-    "top_k": (_INTEGER, 0, None),
-    "top_p": (_NUMBER, 0, 1),
-    "min_p": (_NUMBER, 0, 1),
-    "typical_p": (_NUMBER, 0, 1),
-    "repetition_penalty": (_NUMBER, 0, None),
-    "presence_penalty": (_NUMBER, -2, 2),
-    "frequency_penalty": (_NUMBER, -2, 2),
-    "seed": (_INTEGER, 0, 2**63 - 1),
-    "pad_token_id": (_INTEGER, None, None),
-    "eos_token_id": ("a whole number or a list of them", 0, None),
-    "stop": ("a text or a list of texts", None, None),
-    "stop_strings": ("a text or a list of texts", None, None),
-    "use_cache": (_BOOL, None, None),
+KWARGS: Final[Mapping[str, Bound | str]] = {
+    # name: what it must be
+    "max_length": Bound(WHOLE, 1, INT32),
+    "min_length": Bound(WHOLE, 0, INT32),
+    "max_new_tokens": Bound(WHOLE, 1, INT32),
+    "min_new_tokens": Bound(WHOLE, 0, INT32),
+    "do_sample": _BOOL,
+    "early_stopping": _BOOL,
+    "num_beams": Bound(WHOLE, 1, INT32),
+    "temperature": NUMBERS["temperature"],
+    "top_k": replace(NUMBERS["top_k"], least=0),
+    "top_p": NUMBERS["top_p"],
+    "min_p": NUMBERS["min_p"],
+    "typical_p": Bound(NUMBER, 0, 1),
+    "repetition_penalty": NUMBERS["repetition_penalty"],
+    "presence_penalty": NUMBERS["presence_penalty"],
+    "frequency_penalty": NUMBERS["frequency_penalty"],
+    "seed": replace(NUMBERS["seed"], least=0),
+    "pad_token_id": Bound(WHOLE, -INT32, INT32),
+    "eos_token_id": _IDS,
+    "stop": _TEXTS,
+    "stop_strings": _TEXTS,
+    "use_cache": _BOOL,
 }
 """``generate_kwargs`` that are understood: KAITO's, and the usual ones of transformers."""
 
@@ -122,8 +123,7 @@ def read(body: Mapping[str, Any], settings: Settings) -> Chat:
     if kwargs is not None and not isinstance(kwargs, dict):
         raise _wrong("generate_kwargs", "an object")
     kwargs = {k: v for k, v in (kwargs or {}).items() if v is not None}
-    for name, value in kwargs.items():
-        _check_kwarg(name, value)
+    kwargs = {k: _kwarg(k, v) for k, v in kwargs.items()}
     if not prompt and not messages:
         raise HttpError(400, NO_PROMPT if body.get("messages") is None else NO_MESSAGES,
                         param="prompt" if body.get("messages") is None else "messages")  # fmt: skip
@@ -203,35 +203,28 @@ def _other_field(name: str) -> None:
         raise HttpError(400, f"there is no field {name[:100]!r}: did you mean {near!r}?", param=name[:100])
 
 
-def _check_kwarg(name: str, value: Any) -> None:
+def _kwarg(name: str, value: Any) -> Any:
     param = f"generate_kwargs.{name[:100]}"
     if name not in KWARGS:
         near = _closest(name, KWARGS)
         more = f": did you mean {near!r}?" if near else ""
         raise HttpError(400, f"generate_kwargs has no setting {name[:100]!r} here{more}", param=param)
-    what, least, most = KWARGS[name]
-    values = value if isinstance(value, list) and "list" in what else [value]
-    if not all(_is(what, v) for v in values):
-        raise _wrong(param, what)
-    for v in values:
-        if (least is not None and v < least) or (most is not None and v > most):
-            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise HttpError(400, f"{param} must be {bounds}", param=param)
+    what = KWARGS[name]
+    if isinstance(what, Bound):
+        value = what.read(param, value)
+    elif what == _BOOL:
+        if not isinstance(value, bool):
+            raise _wrong(param, what)
+    elif what == _IDS:
+        token_ids(param, value if isinstance(value, list) else [value])
+    else:
+        for v in value if isinstance(value, list) else [value]:
+            if not isinstance(v, str) or not v:
+                raise _wrong(param, what)
+            _text(param, v)
     if name in ONLY and value != ONLY[name]:
         raise HttpError(400, f"{param} cannot be other than {ONLY[name]} here", param=param)
-    for v in values:
-        if isinstance(v, str):
-            _text(param, v)
-
-
-def _is(what: str, value: Any) -> bool:
-    if "text" in what:
-        return isinstance(value, str) and bool(value)
-    if what == _BOOL:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int) or (what == _NUMBER and isinstance(value, float))
+    return value
 
 
 def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:

@@ -6,23 +6,28 @@
 It adds ``POST /chat`` (`kaito_core.serving.chat`), ``GET /`` and ``GET /healthz`` as KAITO has them, its own figures to
 ``GET /metrics``, the API key, limits, and the events by which an idle GPU is noticed (`kaito_core.serving.activity`).
 
-What it has nothing to do with it hands to the engine as it is: ``receive`` untouched, ``send`` behind one small object that looks at
-the type of each message. Nothing is buffered and nothing is parsed. Standard library only, so that it can be loaded into the
-environment of any engine."""
+A request to the model is read to its end before it takes a place (`kaito_core.serving.intake`), and its numbers are looked at
+(`kaito_core.serving.sampling`): neither a client that stops in the middle nor a number that does not fit into a tensor reaches the engine.
+Everything else is the engine's: it gets the very bytes, and answers through one small object that looks at the type of each
+message. Standard library only, so that it can be loaded into the environment of any engine."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from kaito_core.serving import asgi, chat
+from kaito_core.serving import asgi, chat, sampling
 from kaito_core.serving.activity import Activity
 from kaito_core.serving.api_key import CODE, REFUSAL, ApiKey
-from kaito_core.serving.asgi import Answer, App, Message, Receive, Scope, Send, Watched
+from kaito_core.serving.asgi import Answer, App, Receive, Scope, Send, Watched
 from kaito_core.serving.errors import HttpError, read_object
+from kaito_core.serving.intake import Intake
 from kaito_core.serving.metrics import CONTENT_TYPE, Metrics
 from kaito_core.serving.settings import Settings
 
@@ -34,6 +39,9 @@ NOT_READY: Final = "Model not initialized"
 
 LONGEST_RETRY: Final = 60
 """Seconds that a client is told to wait at most."""
+
+LINGER: Final = 2.0
+"""Seconds for which what a refused client still sends is thrown away (RFC 9112 section 9.6)."""
 
 _Route = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -49,6 +57,7 @@ class Face:
         self._model = self._settings.chat_model
         self._tokenizes = True
         self.metrics = Metrics()
+        self._intake = Intake(self._settings.max_body, self._settings.body_seconds)
         self._activity = Activity(self.metrics, self._settings.results)
         self._routes: dict[tuple[str, str], _Route] = {
             ("GET", "/"): self._root,
@@ -83,22 +92,26 @@ class Face:
             self.metrics.counted(path, watched.code)
 
     async def _post(self, scope: Scope, receive: Receive, send: Watched, path: str) -> None:
-        """A request to the model."""
-        self._check_key(scope, "POST", path)
-        length = _content_length(scope)
-        if length is not None and length > self._settings.max_body:
-            raise self._too_large()
+        """A request to the model. It takes a place among those that are answered once all of it is here."""
+        try:
+            self._check_key(scope, "POST", path)
+            body = await self._intake.read(scope, receive)
+        except HttpError as e:
+            await _send_away(send, receive, e, path)
+            return
+        if body is None:
+            return
+        route = self._routes.get(("POST", path))
+        if route is None:
+            _check_numbers(body, self._settings.vocabulary)
+            route = self._app
         if self._most and self.metrics.in_flight >= self._most:
             self.metrics.rejected += 1
             raise self._overloaded()
-        route = self._routes.get(("POST", path), self._app)
         started = time.monotonic()
         self._activity.began()
         try:
-            if length is None:
-                await self._limited(route, scope, receive, send)
-            else:
-                await route(scope, receive, send)
+            await route(scope, asgi.once_more(body, receive), send)
         finally:
             self._activity.ended()
             self.metrics.worked(path, time.monotonic() - started)
@@ -126,38 +139,6 @@ class Face:
             headers={"retry-after": str(wait)},
         )
 
-    def _too_large(self) -> HttpError:
-        return HttpError(
-            413, f"a request may have {self._settings.max_body:,} bytes and not more", code="request_too_large"
-        )
-
-    async def _limited(self, route: _Route, scope: Scope, receive: Receive, send: Watched) -> None:
-        """A body whose length nobody has said is counted while it comes. Past the limit, whatever the application makes of the
-        error in its ``receive``, the client gets a 413."""
-        seen, too_large = 0, False
-
-        async def counted() -> Message:
-            nonlocal seen, too_large
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > self._settings.max_body:
-                    too_large = True
-                    raise self._too_large()
-            return message
-
-        async def unless_too_large(message: Message) -> None:
-            if not too_large or send.status:
-                await send(message)
-
-        try:
-            await route(scope, counted, unless_too_large)
-        except Exception:
-            if not too_large:
-                raise
-        if too_large and not send.status:
-            raise self._too_large()
-
     # --- what the engine does not have
 
     async def _root(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -184,13 +165,11 @@ class Face:
         await asgi.respond(send, 200, engines + self.metrics.text().encode(), {"content-type": CONTENT_TYPE})
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
-        if body is None:
-            return
-        asked = chat.read(read_object(body), self._settings)
+        asked = chat.read(read_object((await receive())["body"]), self._settings)
         model = await self._chat_model(scope, receive)
         tokens = await self._prompt_tokens(scope, receive, model, asked) if asked.counts_prompt else None
         request = chat.engine_request(asked, model, tokens)
+        sampling.check(request, self._settings.vocabulary)
         try:
             answer = await asgi.call(self._app, scope, receive, "POST", asked.path, request)
         except Exception:  # for the log; the client gets an answer that it can read
@@ -233,22 +212,14 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(root) if root else path
 
 
-def _content_length(scope: Scope) -> int | None:
-    """What the client says; None when it says nothing that is a number, and then the body is counted."""
-    value = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
-    return int(value[:20]) if value.isdigit() else None
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body; None when the client went away first."""
-    parts = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
+def _check_numbers(body: bytes, vocabulary: int) -> None:
+    """What is no JSON object is for the engine to judge; it reads with the same parser."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, dict):
+        sampling.check(value, vocabulary)
 
 
 def _engines_error(answer: Answer) -> HttpError:
@@ -268,7 +239,32 @@ def _code(value: Any) -> str | None:
 
 async def _refuse(send: Send, error: HttpError, path: str) -> None:
     """OpenAI's form of an error; on ``/chat`` with KAITO's ``detail`` beside it."""
+    await asgi.respond_json(send, error.status, _body_of(error, path), error.headers)
+
+
+async def _send_away(send: Send, receive: Receive, error: HttpError, path: str) -> None:
+    """The same to a client that may still be sending: its connection ends with the answer. What comes within `LINGER` is read and
+    thrown away first, since a connection that is closed with unread bytes is reset, and a reset may overtake the answer. Who had the
+    time for a whole body has had that time too."""
+    body = json.dumps(_body_of(error, path), ensure_ascii=False).encode("utf-8", "replace")
+    headers = {
+        "content-type": "application/json",
+        **error.headers,
+        "connection": "close",
+        "content-length": str(len(body)),
+    }
+    pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0 if error.status == 408 else LINGER):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _body_of(error: HttpError, path: str) -> dict[str, Any]:
     body = error.body()
     if path == "/chat":
         body["detail"] = error.message
-    await asgi.respond_json(send, error.status, body, error.headers)
+    return body

@@ -19,6 +19,9 @@ WAITING_FACTOR: Final = 1
 MAX_BODY: Final = 16 << 20
 """Bytes of a request: a million tokens of text, or several pictures, in JSON."""
 
+BODY_SECONDS: Final = 30.0
+"""In which a request's body must have come: `MAX_BODY` at 4.5 Mbit/s."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,7 +39,10 @@ class Settings:
     """Whether the model has a chat template."""
     marks: frozenset[str] = frozenset()
     """Special tokens of the model, as text: a prompt that holds one is already written in the model's own form."""
+    vocabulary: int = 0
+    """Tokens that the model has; 0: not known."""
     max_body: int = MAX_BODY
+    body_seconds: float = BODY_SECONDS
 
     @property
     def most_in_flight(self) -> int:
@@ -49,7 +55,9 @@ class Settings:
         text = environ.get("KAITO_MAX_REQUESTS", "") or "0"
         if not text.isascii() or not text.isdecimal():
             raise UserError(f"KAITO_MAX_REQUESTS is {text!r}, which is not a number of requests", "0 means no limit")
-        template, marks = _of_the_model(environ)
+        preset = _object(_object(_read(environ.get("KAITO_JOB", ""))).get("preset"))
+        vocabulary = _object(preset.get("architecture")).get("vocab")
+        template, marks = _of_the_model(environ, _object(preset.get("chat")))
         return Settings(
             chat_model=environ.get("KAITO_CHAT_MODEL", ""),
             max_requests=int(text),
@@ -57,25 +65,25 @@ class Settings:
             results=environ.get("KAITO_RESULTS", ""),
             has_template=template,
             marks=marks,
+            vocabulary=vocabulary if isinstance(vocabulary, int) and vocabulary > 0 else 0,
         )
 
 
-def _of_the_model(environ: Mapping[str, str]) -> tuple[bool, frozenset[str]]:
+def _of_the_model(environ: Mapping[str, str], chat: Mapping[str, Any]) -> tuple[bool, frozenset[str]]:
     """Whether there is a chat template, and the special tokens, from the job and the model's own small files."""
     weights, adapters = environ.get("KAITO_WEIGHTS", ""), environ.get("KAITO_ADAPTERS", "")
     if not weights:
         return True, frozenset()
     folder = Path(weights)
-    chat = _object(_object(_read(environ.get("KAITO_JOB", ""))).get("preset")).get("chat")
     tokenizer = _object(_read(folder / "tokenizer_config.json"))
     template = bool(
-        _object(chat).get("template")
+        chat.get("template")
         or tokenizer.get("chat_template")
         or (folder / "chat_template.jinja").is_file()
         or (folder / "chat_template.json").is_file()
         or (adapters and (Path(adapters) / environ.get("KAITO_CHAT_MODEL", "") / "chat_template.jinja").is_file())
     )
-    stops = _object(chat).get("stop_tokens")
+    stops = chat.get("stop_tokens")
     more = tokenizer.get("additional_special_tokens")
     added = [_object(t) for t in _object(tokenizer.get("added_tokens_decoder")).values()]
     named = [

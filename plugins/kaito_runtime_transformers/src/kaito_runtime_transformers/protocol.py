@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 from kaito_core.serving.errors import HttpError
+from kaito_core.serving.sampling import NUMBERS, logit_bias, token_ids
 
 COMPLETION_TOKENS: Final = 16
 """OpenAI's default length of a completion. A chat answer may use the whole context."""
 
 MOST_CHOICES: Final = 16
 
+HOTTEST_CHAT: Final = 2
+"""OpenAI's highest temperature."""
+
 
 class EngineDied(Exception):
-    """What generates has ended; only a new start helps."""
+    """What generates has ended, for this reason; only a new start helps."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def read(body: Mapping[str, Any], chat: bool) -> Request:
     stream = _take(body, "stream", "true or false", False)
     if options and not stream:
         raise _wrong("stream_options", "left out when stream is not true")
-    n = _take(body, "n", "a whole number", 1, 1, MOST_CHOICES)
+    n = _number(body, "n", 1, most=MOST_CHOICES)
     messages: tuple[Mapping[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
     if chat:
@@ -163,86 +167,57 @@ def _look_at(name: str, value: Any) -> None:
 
 
 def _sampling(body: Mapping[str, Any], chat: bool) -> Sampling:
-    number, whole = "a number", "a whole number"
-    default = None if chat else COMPLETION_TOKENS
-    most = _take(body, "max_tokens", whole, default, 1)
+    most = _number(body, "max_tokens", None if chat else COMPLETION_TOKENS, least=1)
     if chat:
-        most = _take(body, "max_completion_tokens", whole, most, 1)
-    least = _take(body, "min_tokens", whole, 0, 0)
+        most = _number(body, "max_completion_tokens", most)
+    least = _number(body, "min_tokens", 0)
     if most is not None and least > most:
         raise HttpError(400, f"min_tokens is {least}, and max_tokens {most}", param="min_tokens")
-    top_k = _take(body, "top_k", whole, 0, -1)
     return Sampling(
         max_tokens=most,
-        temperature=float(_take(body, "temperature", number, 1.0, 0, 2 if chat else 100)),
-        top_k=max(top_k, 0),
-        top_p=float(_take(body, "top_p", number, 1.0, 0, 1)),
-        min_p=float(_take(body, "min_p", number, 0.0, 0, 1)),
-        repetition_penalty=float(_take(body, "repetition_penalty", number, 1.0, 0.01, 100)),
-        presence_penalty=float(_take(body, "presence_penalty", number, 0.0, -2, 2)),
-        frequency_penalty=float(_take(body, "frequency_penalty", number, 0.0, -2, 2)),
-        seed=_take(body, "seed", whole, None, -(2**63), 2**63 - 1),
+        temperature=_number(body, "temperature", 1.0, **({"most": HOTTEST_CHAT} if chat else {})),
+        top_k=max(_number(body, "top_k", 0), 0),
+        top_p=_number(body, "top_p", 1.0),
+        min_p=_number(body, "min_p", 0.0),
+        repetition_penalty=_number(body, "repetition_penalty", 1.0),
+        presence_penalty=_number(body, "presence_penalty", 0.0),
+        frequency_penalty=_number(body, "frequency_penalty", 0.0),
+        seed=_number(body, "seed", None),
         min_tokens=least,
-        logit_bias=_bias(body.get("logit_bias")),
+        logit_bias=logit_bias(body.get("logit_bias")),
         stop=_stops(body.get("stop")),
-        stop_token_ids=_ids("stop_token_ids", body.get("stop_token_ids") or []),
+        stop_token_ids=token_ids("stop_token_ids", body.get("stop_token_ids")),
         ignore_eos=_take(body, "ignore_eos", "true or false", False),
     )
 
 
-_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
-    "a text": (str,),
-    "an object": (dict,),
-    "true or false": (bool,),
-    "a number": (int, float),
-    "a whole number": (int,),
-}
+def _number(body: Mapping[str, Any], name: str, default: Any, **own: float) -> Any:
+    """A number within its bounds; ``own`` are ends that this runtime has of its own."""
+    value = body.get(name)
+    return default if value is None else replace(NUMBERS[name], **cast(Any, own)).read(name, value)
 
 
-def _take(
-    body: Mapping[str, Any], name: str, what: str, default: Any, least: float | None = None, most: float | None = None
-) -> Any:
-    value, types = body.get(name), _TYPES[what]
+_TYPES: Final[Mapping[str, type]] = {"a text": str, "an object": dict, "true or false": bool}
+
+
+def _take(body: Mapping[str, Any], name: str, what: str, default: Any) -> Any:
+    value = body.get(name)
     if value is None:
         return default
-    if not isinstance(value, cast(Any, types)) or (isinstance(value, bool) and what != "true or false"):
+    if not isinstance(value, _TYPES[what]):
         raise _wrong(name, what)
-    if (least is not None and value < least) or (most is not None and value > most):
-        bounds = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
-        raise _wrong(name, bounds)
     return value
 
 
-def _bias(value: Any) -> dict[int, float]:
-    if value is None:
-        return {}
-    words = "an object of token ids and numbers from -100 to 100"
-    if not isinstance(value, dict) or len(value) > 1024:
-        raise _wrong("logit_bias", words)
-    found: dict[int, float] = {}
-    for token, bias in value.items():
-        numeric = isinstance(bias, int | float) and not isinstance(bias, bool) and -100 <= bias <= 100
-        if not (token.isascii() and token.isdecimal() and len(token) < 10) or not numeric:
-            raise _wrong("logit_bias", words)
-        found[int(token)] = float(bias)
-    return found
-
-
 def _stops(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value or []
+    values = [value] if isinstance(value, str) and value else [] if value in (None, "") else value
     if (
         not isinstance(values, list)
         or len(values) > 16
         or not all(isinstance(v, str) and v and len(v) < 1000 for v in values)
     ):
         raise _wrong("stop", "a text or up to 16 texts")
-    return tuple(values)
-
-
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**31 for v in value):
-        raise _wrong(name, "a list of token ids")
-    return tuple(value)
+    return tuple(encodable("stop", v) for v in values)
 
 
 def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -268,22 +243,23 @@ def _message(where: str, message: Any) -> Mapping[str, Any]:
         content = "\n".join(parts)
     if not isinstance(content, str):
         raise _wrong(f"{where}.content", "a text")
-    return {**message, "content": _encodable(f"{where}.content", content)}
+    return {**message, "content": encodable(f"{where}.content", content)}
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     words = "a text, a list of texts, a list of token ids or a list of such lists"
     if isinstance(value, str):
-        return (_encodable("prompt", value),)
+        return (encodable("prompt", value),)
     if not isinstance(value, list) or not value:
         raise _wrong("prompt", words)
     if all(isinstance(v, str) for v in value):
-        return tuple(_encodable("prompt", v) for v in value)
+        return tuple(encodable("prompt", v) for v in value)
     lists = value if all(isinstance(v, list) for v in value) else [value]
-    return tuple(_ids("prompt", v) for v in lists)
+    return tuple(token_ids("prompt", v, most=len(v)) for v in lists)
 
 
-def _encodable(name: str, text: str) -> str:
+def encodable(name: str, text: str) -> str:
+    """The text. Raises `HttpError` 400 where it cannot be written in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
