@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -18,6 +19,7 @@ import pytest
 from kaito_core.problems import UserError
 from kaito_core.progress import FILE_NAME, read
 from kaito_preset_demo import MODEL_DIR
+from kaito_runtime_transformers import protocol
 
 from .conftest import HELD_OUT, Endpoint, StartEndpoint, Trained, free_port, lay_out, train_animals
 
@@ -226,6 +228,58 @@ def test_malformed_requests(endpoint: Endpoint, body: bytes, status: int, words:
     assert len(answer.text) < 1000
     assert endpoint.http.post("/v1/completions", json={"prompt": [999_999]}).status_code == 400
     assert endpoint.http.get("/health").status_code == 200
+
+
+HOSTILE = (
+    "true", '"7"', '"\\ud800"', "[]", "{}", "[[]]", "NaN", "Infinity", "1e400", "-1e400", "1.5e300", "0", "-1", "-1e-320", "1e-320", "0.5", "2147483647",
+    "2147483648", "-2147483648", "-2147483649", "4294967296", "9223372036854775807", "9223372036854775808", "9" * 30, "9" * 5000,
+    "[2147483648]", "[1e400]", "[-1]", "[null]", '["\\ud800"]', '{"x": 1}', '{"5": 1e400}', '{"5": NaN}', '{"2147483648": 1}', '{"-1": 1}',
+    '{"messages": 1, "tools": 1e400, "x": "\\ud800"}',
+)  # fmt: skip
+
+
+def test_no_field_ends_the_engine(endpoint: Endpoint) -> None:
+    """Every field that reaches the engine or a tensor, with everything that is hostile to a number, against the real engine: each request is
+    answered or refused, and so are those beside it. Nothing else is left for the engine to die of."""
+
+    async def ask() -> list[tuple[str, str, str, int, str]]:
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=60, trust_env=False) as client:
+            narrow = asyncio.Semaphore(8)  # fewer than the endpoint has places
+
+            async def one(path: str, prompt: str, field: str, value: str) -> tuple[str, str, str, int, str]:
+                fields = {**json.loads(prompt), "max_tokens": 2, "model": "demo-phi-3"}
+                text = json.dumps({k: v for k, v in fields.items() if k != field})[:-1] + f', "{field}": {value}}}'
+                async with narrow:
+                    answer = await client.post(path, content=text.encode(), headers={"connection": "close"})
+                return path, field, value, answer.status_code, answer.text
+
+            ways = {
+                "/v1/completions": '{"prompt": "What"}',
+                "/v1/chat/completions": '{"messages": [{"role": "user", "content": "What"}]}',
+            }
+            fields = [f for f in protocol._KNOWN if f != "model"]
+            return await asyncio.gather(*(one(p, w, f, v) for p, w in ways.items() for f in fields for v in HOSTILE))
+
+    for path, field, value, status, text in asyncio.run(ask()):
+        assert status in (200, 400), (path, field, value[:40], text)
+        if status == 400:
+            assert json.loads(text)["error"].keys() == {"message", "type", "param", "code"}
+    for more in ({}, {"seed": 1}, {"stream": True}):
+        body = {"model": "demo-phi-3", "prompt": "What", "max_tokens": 2, **more}
+        assert endpoint.http.post("/v1/completions", json=body).status_code == 200
+    assert endpoint.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("count", [16, 64])
+def test_half_sent_bodies_lock_nobody_out(endpoint: Endpoint, count: int) -> None:
+    """More than the ten places of this endpoint; and as many clients that do not even end their headers."""
+    with contextlib.ExitStack() as stack:
+        for number in range(2 * count):
+            s = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint.port), timeout=20))
+            body = b"Content-Length: 1000\r\n\r\n{" if number % 2 else b""
+            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + body)
+        assert endpoint.ask(QUESTION, "demo-phi-3", max_tokens=2)
+        assert endpoint.metric("kaito_requests_in_flight") == 0
 
 
 def test_a_client_that_goes_away_frees_the_model(endpoint: Endpoint) -> None:

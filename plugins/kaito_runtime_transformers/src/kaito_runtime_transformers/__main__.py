@@ -1,7 +1,8 @@
 """``python -m kaito_runtime_transformers``: serves the endpoint of ``$KAITO_JOB`` until SIGTERM.
 
 The port is taken first and answers health checks while the model is loaded. SIGTERM lets streams in progress come to their end, for
-`GRACE` seconds at most; exit codes: 0 ended as asked, 1 failed, 2 the input is wrong."""
+`GRACE` seconds at most. When the engine dies the process ends too, with the reason: who has started it starts it again. Exit codes:
+0 ended as asked, 1 failed, 2 the input is wrong."""
 
 from __future__ import annotations
 
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 
 GRACE: Final = 25
 """Seconds: Kubernetes kills a container 30 seconds after SIGTERM unless told otherwise."""
+
+
+LOOK: Final = 0.5
+"""Seconds between two looks whether the engine is alive. One more is given to what it died of to be said."""
+
+DYING: Final = 10
+"""Seconds in which requests that the dead engine has left are answered; each hears of it within five."""
 
 
 def main() -> int:
@@ -141,12 +149,27 @@ async def _serve(job: ServingJob, app: App, face: Face, s: socket.socket) -> int
                 f"serving {names} on port {s.getsockname()[1]}: {engine.context} tokens, requests {together}",
                 flush=True,
             )
+            dead = asyncio.ensure_future(_until_dead(engine))
+            await asyncio.wait([serving, dead], return_when=asyncio.FIRST_COMPLETED)
+            if dead.done():
+                error = Failure(f"the engine has ended: {dead.result()}", "start the endpoint again; its log has more")
+                config.timeout_graceful_shutdown = DYING
+                end()
+            dead.cancel()
     await serving
     if engine is not None:
         await asyncio.to_thread(engine.stop)
     if error is not None:
         raise error
     return 0
+
+
+async def _until_dead(engine: Engine) -> str:
+    """Returns when the engine cannot answer any more: why."""
+    while engine.alive:
+        await asyncio.sleep(LOOK)
+    await asyncio.sleep(LOOK)
+    return engine.fault
 
 
 def _hand_over(loading: asyncio.Future[Engine], found: Any) -> None:

@@ -85,11 +85,6 @@ class App:
         except HttpError as e:
             if not begun:
                 await respond_json(send, e.status, e.body(), e.headers)
-        except EngineDied:
-            if not begun:
-                await respond_json(
-                    send, 503, HttpError(503, "the engine has ended and is started again", code="engine_died").body()
-                )
 
     # --- what is asked without a model
 
@@ -156,7 +151,7 @@ class App:
         finally:
             for task in (gone, work):
                 task.cancel()
-            with suppress(asyncio.CancelledError, HttpError, EngineDied):
+            with suppress(asyncio.CancelledError, HttpError):
                 await work
 
     async def _all(
@@ -328,7 +323,7 @@ class App:
                             param="messages") from e  # fmt: skip
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as e:
             raise HttpError(400, f"the chat template breaks on the conversation: {e}"[:300], param="messages") from e
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = tokenizer.encode(protocol.encodable("messages", text), add_special_tokens=False)
         if not ids:
             raise HttpError(400, "the conversation is empty", param="messages")
         return ids
@@ -347,7 +342,11 @@ class App:
                 param="messages" if wanted is None else "max_tokens",
                 code="context_length_exceeded",
             )
-        return limit - prompt if wanted is None else wanted
+        room = limit - prompt if wanted is None else wanted
+        if sampling.min_tokens > room:
+            words = f"min_tokens must be at most {room}, for which there is room behind the prompt"
+            raise HttpError(400, words, param="min_tokens")
+        return room
 
 
 _OURS: Final = frozenset({
@@ -357,13 +356,12 @@ _OURS: Final = frozenset({
 
 
 def _error(e: BaseException) -> HttpError:
-    if isinstance(e, HttpError | EngineDied):
-        return (
-            e
-            if isinstance(e, HttpError)
-            else HttpError(503, "the engine has ended and is started again", code="engine_died")
-        )
-    return HttpError(500, f"the model could not answer: {next(iter(str(e).splitlines()), type(e).__name__)}"[:300])
+    if isinstance(e, HttpError):
+        return e
+    words = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    if isinstance(e, EngineDied):
+        return HttpError(503, f"the engine has ended, and this server ends with it: {words}"[:300], code="engine_died")
+    return HttpError(500, f"the model could not answer: {words}"[:300])
 
 
 async def _drained(pieces: AsyncGenerator[str]) -> None:

@@ -13,10 +13,10 @@ import asyncio
 import itertools
 import math
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, nullcontext, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -29,6 +29,9 @@ from kaito_runtime_transformers.estimate import ALONE, BATCH_TOKENS
 from kaito_runtime_transformers.model import Loaded, Voice
 from kaito_runtime_transformers.protocol import EngineDied, Sampling
 from kaito_runtime_transformers.turns import Turns
+
+BROKEN: Final[Any] = getattr(torch, "AcceleratorError", ())
+"""A fault of the GPU, which leaves it unusable for this process; torch has a name for it since 2.8."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Engine:
         self._one = asyncio.Lock()
         self._numbers = itertools.count()
         self._vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+        self._broken: Exception | None = None
         self.switches = 0
         self.context = layout.configuration.context
 
@@ -95,9 +99,22 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests can be answered."""
+        """Whether requests can be answered. What has begun to die is not alive, though it may not have said why yet."""
         m = self._manager
-        return m is None or (m.is_running() and m.background_thread_status.fatal_error is None)
+        running = m is None or (m.is_running() and m.background_thread_status.can_accept_new_requests() is None)
+        return running and self._broken is None
+
+    @property
+    def fault(self) -> str:
+        """Why it is not alive, in one line; empty where that has not been said."""
+        error = self._broken
+        if error is None and self._manager is not None:
+            error = self._manager.background_thread_status.fatal_error
+        if error is None:
+            return "" if self.alive else "the thread that generates has ended without a word"
+        return next(
+            (f"{type(error).__name__}: {line}" for line in str(error).splitlines() if line.strip()), repr(error)
+        )
 
     @property
     def batches(self) -> bool:
@@ -157,17 +174,27 @@ class Engine:
         Raises `EngineDied`, or RuntimeError with the words of whoever failed."""
         stops = sorted(self.stops(voice, sampling))
         alone = self._manager is None or sampling.alone
-        if not self.alive:
-            raise EngineDied
         answer = self._alone if alone else self._together
         # Closed before the turn is given on: whoever comes next may switch the adapter.
         async with (
             self._turns((voice.key, alone)),
             self._one if alone else nullcontext(),
+            self._still_alive(),
             aclosing(answer(list(ids), sampling, stops, room)) as pieces,
         ):
             async for tokens in pieces:
                 yield tokens
+
+    @asynccontextmanager
+    async def _still_alive(self) -> AsyncIterator[None]:
+        """The engine may die while a request waits for its turn, and while it is answered. Raises `EngineDied`."""
+        if not self.alive:
+            raise EngineDied(self.fault)
+        try:
+            yield
+        except BROKEN as e:
+            self._broken = e
+            raise EngineDied(self.fault) from e
 
     @staticmethod
     def stops(voice: Voice, sampling: Sampling) -> set[int]:
@@ -200,18 +227,18 @@ class Engine:
                 **_batched(sampling, self._vocabulary),
             )
             if added is None:
-                raise EngineDied
+                raise EngineDied(self.fault)
             given = 0
             while not finished:
                 try:
                     output = await asyncio.wait_for(outputs.get(), 5.0)
                 except TimeoutError:
                     if not self.alive:
-                        raise EngineDied from None
+                        raise EngineDied(self.fault) from None
                     continue
                 finished = output.is_finished()
                 if output.error is not None:
-                    raise EngineDied if not self.alive else RuntimeError(output.error)
+                    raise RuntimeError(output.error) if self.alive else EngineDied(str(output.error))
                 tokens = output.generated_tokens[given:]
                 given += len(tokens)
                 if tokens:
