@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import h11
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from kaito_core.serving.activator import Activator
 from kaito_core.serving.activator_http import Limits, end_to_end, host_and_port, path_of
 
-from .activator_world import KEY, Asking, Pod, Talk, Wire, activating, status, until
+from .activator_world import KEY, Asking, Pod, Talk, Wakes, Wire, activating, status, tasks, until
 
 
 @pytest.fixture
@@ -378,6 +379,44 @@ def test_a_body_that_does_not_get_on_is_not_waited_for() -> None:
         answer = wire.send(b"POST /x HTTP/1.1\r\nHost: phi\r\nContent-Length: 5\r\n\r\nhe").rest()
         assert status(answer) == 408
         assert activator.waiting(KEY) == 0
+
+
+HALF_SENT = (
+    b"Content-Length: 100\r\n\r\n",
+    b"Content-Length: 100\r\n\r\n{",
+    b"Content-Length: 2000000\r\n\r\n" + b" " * 500_000,
+    b"Transfer-Encoding: chunked\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n10\r\n{",
+    b"Content-Length: 100\r\nExpect: 100-continue\r\n\r\n",
+)
+
+
+@pytest.mark.parametrize("count", [16, 64])
+def test_half_sent_bodies_take_no_place_and_wake_nothing(count: int) -> None:
+    wakes = Wakes()
+    with activating(wakes, waiting=2) as activator, ExitStack() as stack, Pod() as pod:
+        port = activator.listen(KEY)
+        for number in range(count):
+            wire = stack.enter_context(Wire(port))
+            wire.send(b"POST /v1/completions HTTP/1.1\r\nHost: phi\r\n" + HALF_SENT[number % len(HALF_SENT)])
+        until(lambda: tasks(activator) > count)
+        assert (activator.waiting(KEY), wakes.keys) == (0, [])
+        with Wire(port) as wire:
+            wire.send(b"POST /x HTTP/1.1\r\nHost: phi\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello")
+            until(lambda: wakes.keys)
+            assert activator.waiting(KEY) == 1
+            activator.ready(KEY, pod.address)
+            assert wire.rest().endswith(b"hello")
+
+
+@pytest.mark.parametrize("half", HALF_SENT)
+def test_a_body_that_does_not_come_is_given_up(half: bytes) -> None:
+    wakes = Wakes()
+    with activating(wakes, limits=Limits(body_seconds=0.2)) as activator, Wire(activator.listen(KEY)) as wire:
+        answer = wire.send(b"POST /x HTTP/1.1\r\nHost: phi\r\n" + half).rest()
+        assert status(answer.removeprefix(b"HTTP/1.1 100 \r\n\r\n")) == 408
+        assert b"did not come within 0.2 s" in answer
+        assert wakes.keys == []
 
 
 def test_many_tiny_chunks_hold_nobody_up(activator: Activator) -> None:

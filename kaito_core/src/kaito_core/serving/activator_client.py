@@ -52,6 +52,8 @@ class Body:
         """Called when it is complete."""
         self.room = asyncio.Event()
         """Set when something was let go."""
+        self.enough = asyncio.Event()
+        """Set when it is complete, or as much of it is here as may be held."""
         self._arrived = asyncio.Event()
         self._data = bytearray()
         self._position = 0
@@ -78,6 +80,7 @@ class Body:
 
     def end(self) -> None:
         self.complete = True
+        self.enough.set()
         self._arrived.set()
         self.at_end()
 
@@ -185,6 +188,7 @@ class Client:
                 if body.complete:
                     break
                 if body.full:
+                    body.enough.set()
                     body.room.clear()
                     with suppress(TimeoutError):
                         await asyncio.wait_for(body.room.wait(), 1.0)

@@ -99,13 +99,18 @@ class Endpoint:
             return Unserved(503, f"the endpoint {self} does not come up: {self.refused}", "endpoint_failed", left)
         return None
 
-    @contextmanager
-    def waiting(self, *, again: bool) -> Iterator[Waiter]:
-        """While a request waits; ``again`` if it was let in before. Raises `Unserved` when too many wait."""
-        if len(self.waiters) >= self._most and not again:
+    def check_room(self) -> None:
+        """Raises `Unserved` when too many wait."""
+        if len(self.waiters) >= self._most:
             raise Unserved(
                 429, f"{self._most} requests wait for the endpoint {self} already", "rate_limit_exceeded", SOON
             )
+
+    @contextmanager
+    def waiting(self, *, again: bool) -> Iterator[Waiter]:
+        """While a request waits; ``again`` if it was let in before. Raises `Unserved` when too many wait."""
+        if not again:
+            self.check_room()
         waiter = Waiter()
         self.waiters.add(waiter)
         try:

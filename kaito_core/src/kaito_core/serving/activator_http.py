@@ -32,6 +32,8 @@ class Limits:
     """Between two requests on a connection."""
     silence: float = 60.0
     """In which a client that sends a body or takes an answer must get on; nginx gives it as long."""
+    body_seconds: float = 30.0
+    """For the body of a request that wants to wait, or as much of it as is held: what is half sent wakes no endpoint."""
     comment: float = 10.0
     """Between two signs of life to a client that streams."""
     wake: float = 30.0

@@ -197,6 +197,9 @@ class Exchange:
         if endpoint.address and not self._failed:
             return endpoint.address
         await self._check_key()
+        if not self._waited:
+            endpoint.check_room()
+            await self._take_in()
         with endpoint.waiting(again=self._waited) as waiter:
             self._waited = True
             self._body.at_end = waiter.changed.set
@@ -224,6 +227,15 @@ class Exchange:
         if not self._let_in:
             await self._endpoint.gate.let_in(self._request.headers)
             self._let_in = True
+
+    async def _take_in(self) -> None:
+        """A request takes a place among those that wait, and wakes the endpoint, once it is here. Raises `Malformed`."""
+        seconds = self._limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._body.enough.wait()
+        except TimeoutError:
+            raise Malformed(408, f"the body of the request did not come within {seconds:g} s") from None
 
     @property
     def _words(self) -> str:
