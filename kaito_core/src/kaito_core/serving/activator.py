@@ -31,6 +31,7 @@ from kaito_core.serving.activator_endpoint import Endpoint, Key
 from kaito_core.serving.activator_gate import Gate, Lock
 from kaito_core.serving.activator_http import PIECE, Limits, host_and_port
 from kaito_core.serving.activator_requests import converse
+from kaito_core.serving.open_files import allow_many
 
 T = TypeVar("T")
 
@@ -38,9 +39,6 @@ SPARE: Final = 512
 """Connections of an endpoint beyond the requests that may wait: those that get a 429, probes, idle ones."""
 
 FULL: Final = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 10\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-
-FILES: Final = 65536
-"""Open files that the process may have at least where the system allows it: a request that is handed on needs two."""
 
 ANSWER: Final = 30.0
 """Seconds in which the loop must have done what it is asked for; it takes milliseconds."""
@@ -89,7 +87,7 @@ class Activator:
     def start(self) -> None:
         """Begin; returns when `listen` may be called."""
         assert self._thread is None, "an activator starts once"
-        _allow_files()
+        allow_many()
         started = threading.Event()
         threading.Thread(target=self._call_wake, name="activator-wake", daemon=True).start()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)), name="activator", daemon=True)
@@ -275,14 +273,3 @@ def _listening(host: str, port: int) -> socket.socket:
     everywhere = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=everywhere)
-
-
-def _allow_files() -> None:
-    """Raise the process's own limit of open files, as programs in Go do: it is 1,024 on many systems, for select()'s sake."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -22,6 +22,7 @@ from kaito_core.problems import Failure, KaitoError, UserError
 from kaito_core.progress import FILE_NAME, Progress
 from kaito_core.serving.activity import STAGE
 from kaito_core.serving.face import Face
+from kaito_core.serving.open_files import allow_many
 from kaito_core.serving.settings import Settings
 from kaito_core.workloads.serving import ServingJob
 from kaito_runtime_transformers.plugin import TransformersRuntime
@@ -52,6 +53,7 @@ def main() -> int:
 
         app = App()
         face = Face(app, Settings.from_env())
+        allow_many()
         with _listening() as s:
             return asyncio.run(_serve(job, app, face, s))
     except KaitoError as e:
@@ -89,6 +91,8 @@ def _listening() -> Iterator[socket.socket]:
 async def _serve(job: ServingJob, app: App, face: Face, s: socket.socket) -> int:
     import uvicorn
 
+    from kaito_runtime_transformers.connection import Connection
+
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:  # uvicorn's own would end the process by the signal, not with 0
@@ -96,6 +100,7 @@ async def _serve(job: ServingJob, app: App, face: Face, s: socket.socket) -> int
 
     config = uvicorn.Config(
         face,
+        http=Connection,
         lifespan="off",
         log_level="warning",
         access_log=False,
