@@ -271,7 +271,7 @@ def test_no_field_ends_the_engine(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("count", [16, 64])
-def test_half_sent_bodies_lock_nobody_out(endpoint: Endpoint, count: int) -> None:
+def test_half_sent_bodies_take_no_place(endpoint: Endpoint, count: int) -> None:
     """More than the ten places of this endpoint; and as many clients that do not even end their headers."""
     with contextlib.ExitStack() as stack:
         for number in range(2 * count):
