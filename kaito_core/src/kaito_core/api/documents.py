@@ -11,6 +11,7 @@ import binascii
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -68,18 +69,33 @@ class Document:
         """A later problem (of the planner, say) with the place of its field in this document."""
         return problem if problem.file else self.source.locate(problem)
 
+    def within(self, key: str, problem: Problem) -> Problem:
+        """A problem whose line and column count from the beginning of the text ``data[key]`` of a ConfigMap, with its place in the
+        file; text that is no ``|`` block has other line breaks than the file, and all of it is where its key is."""
+        path = join("data", key)
+        literal = self.source.literals.get(join(self.source.prefix, path))
+        if literal is None or problem.line is None or problem.column is None:
+            return problem.at(self.file, *self.source.place(path, key=True))
+        return problem.at(self.file, literal[0] + problem.line - 1, literal[1] + problem.column - 1)
+
     def embedded(self, key: str) -> tuple[list[YamlDocument], list[Problem]]:
         """The YAML inside ``data[key]`` of a ConfigMap; inside a ``|`` block with its places in the file."""
         path = join("data", key)
         text = self.resource.data.get(key, "") if isinstance(self.resource, ConfigMap) else ""
         literal: Mark | None = self.source.literals.get(join(self.source.prefix, path))
         if literal:
-            return parse(text, self.file, first_line=literal[0], first_column=literal[1])
-        inner, problems = parse(text, self.file)
+            return _parsed(text, self.file, *literal)
+        inner, problems = _parsed(text, self.file)
         # Folded or quoted text has other line breaks than the file: all of it is where its key is.
         at = self.source.place(path, key=True)
         here = [YamlDocument(d.value, d.file, {"": at}, {}) for d in inner]
         return here, [p.at(self.file, *at) for p in problems]
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str, file: str, line: int = 1, column: int = 1) -> tuple[list[YamlDocument], list[Problem]]:
+    """Remembered, since each of thousands of problems in a ConfigMap asks for its place."""
+    return parse(text, file, first_line=line, first_column=column)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""YAML as Kubernetes reads it, with the place of every value in the file, and safe to use on hostile text.
+"""YAML with the place of every value in the file, and safe to use on hostile text: the one reader of all YAML that a person wrote.
 
 Why not ``yaml.safe_load``: it forgets where a value stood, takes the last of two equal keys without a word, reads
-``1:30`` as a number and ``2024-01-01`` as a date, which kubectl (sigs.k8s.io/yaml, go-yaml v2) does not, expands
-aliases without bound, and overruns the stack on deep nesting. The parser itself is PyYAML's.
+``1:30`` as a number (in time that grows with the square of its length) and ``2024-01-01`` as a date, expands aliases without
+bound, and overruns the stack on deep nesting. The parser itself is PyYAML's.
+
+There are two readings of plain values: resources are read as kubectl reads them (`parse`), and the settings inside a ConfigMap as
+KAITO reads them, in Python (`parse_settings`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 import yaml
@@ -20,7 +24,16 @@ MAX_BYTES: Final = 1 << 20
 """As much as etcd takes for one object; a file of resources is far below it."""
 MAX_DEPTH: Final = 64
 MAX_VALUES: Final = 100_000
-"""Values in one document after its aliases are expanded."""
+"""Values in one file after its aliases are expanded."""
+MAX_SETTINGS: Final = 5_000
+"""Values in the settings of one ConfigMap. KAITO's own have a hundred; each costs its reader and the checks behind it some time."""
+MAX_DOCUMENTS: Final = 1000
+"""Documents in one file."""
+MAX_PATH_CHARS: Final = 16 << 20
+"""Characters in the paths of all values of one file together: names of a thousand characters, each below the other, are no
+resource, and their paths would take gigabytes."""
+MAX_PROBLEMS: Final = 100
+"""Problems that are told of one file; a person mends these first."""
 
 Mark = tuple[int, int]
 """Line and column, from 1."""
@@ -34,6 +47,8 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 _INT = re.compile(r"([-+]?)(?:(0[bB])([01]+)|(0[xX])([0-9a-fA-F]+)|(0[oO]?)([0-7]+)|(0|[1-9][0-9]*))\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+_PYTHON_INT = re.compile(r"[-+]?(0b[01_]+|0[0-7_]+|(0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+)\Z")
+_PYTHON_FLOAT = re.compile(r"([-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?)\Z")
 _MARKER = re.compile(r"^---(?=[ \t\r\n]|\Z)", re.MULTILINE)
 
 
@@ -91,14 +106,36 @@ def parse(
     text begins in its file, for text inside a ``|`` block."""
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         return [], [Problem(f"is larger than {MAX_BYTES >> 20} MiB", "put fewer resources into one file", file=file)]
+    starts = [0, *(m.start() for m in islice(_MARKER.finditer(text), MAX_DOCUMENTS + 1) if m.start())]
+    if len(starts) > MAX_DOCUMENTS:
+        words = f"has more than {MAX_DOCUMENTS:,} documents"
+        return [], [Problem(words, "put fewer resources into one file", file=file)]
     documents: list[YamlDocument] = []
     problems: list[Problem] = []
-    starts = [0, *(m.start() for m in _MARKER.finditer(text) if m.start())]
+    budget, line = _Budget(MAX_VALUES), first_line
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        reader = _Reader(text[start:end], file, first_line + text.count("\n", 0, start), first_column)
+        reader = _Reader(text[start:end], file, line, first_column, _Loader, budget)
         documents += reader.documents()
         problems += reader.problems
+        line += text.count("\n", start, end)
     return documents, problems
+
+
+def parse_settings(text: str) -> tuple[Any, list[Problem]]:
+    """The one document of a ConfigMap's settings as plain values, and all that is wrong with it; line and column of the problems
+    count from the text's own beginning.
+
+    KAITO reads these settings in Python (``yaml.safe_load``), where ``1e-4`` and ``y`` are text. So they are here, that what runs
+    keeps its meaning; only ``1:30`` and dates are text in place of a number and an object, and infinities are refused."""
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        return None, [Problem(f"is larger than {MAX_BYTES >> 20} MiB", "leave out what is no setting")]
+    reader = _Reader(text, "", 1, 1, _SettingsLoader, _Budget(MAX_SETTINGS))
+    found = list(islice(reader.documents(), 2))
+    if len(found) > 1 and not reader.problems:
+        reader.problems.append(
+            Problem("has more than one document", "keep one, and remove the line `---`").at("", *found[1].place(""))
+        )
+    return found[0].value if found else None, reader.problems
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -109,20 +146,44 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             return _TAG + "map"
         if kind is yaml.SequenceNode:
             return _TAG + "seq"
-        return _TAG + (_scalar_type(value or "") if implicit[0] else "str")
+        return _TAG + (self.scalar_type(value or "") if implicit[0] else "str")
+
+    @staticmethod
+    def scalar_type(text: str) -> str:
+        if text in _NULLS:
+            return "null"
+        if text in _BOOLS:
+            return "bool"
+        if text == "<<":
+            return "merge"
+        plain = text.replace("_", "")
+        if _INT.match(plain):
+            return "int"
+        return "float" if _FLOAT.match(plain) or _SPECIAL_FLOAT.match(text) else "str"
 
 
-def _scalar_type(text: str) -> str:
-    if text in _NULLS:
-        return "null"
-    if text in _BOOLS:
-        return "bool"
-    if text == "<<":
-        return "merge"
-    plain = text.replace("_", "")
-    if _INT.match(plain):
-        return "int"
-    return "float" if _FLOAT.match(plain) or _SPECIAL_FLOAT.match(text) else "str"
+class _SettingsLoader(_Loader):
+    """PyYAML's parser with its own reading of plain scalars (yaml/resolver.py), but for sexagesimals and dates."""
+
+    @staticmethod
+    def scalar_type(text: str) -> str:
+        if text in _NULLS:
+            return "null"
+        if text in _BOOLS and len(text) > 1:
+            return "bool"
+        if text == "<<":
+            return "merge"
+        if _PYTHON_INT.match(text):
+            return "int"
+        return "float" if _PYTHON_FLOAT.match(text) or _SPECIAL_FLOAT.match(text) else "str"
+
+
+@dataclass
+class _Budget:
+    """What the documents of one file may still hold."""
+
+    values: int
+    path_chars: int = MAX_PATH_CHARS
 
 
 def _int(text: str) -> int:
@@ -148,21 +209,23 @@ class _Rejected(Exception):
 class _Reader:
     """Reads one chunk of text, between two ``---``."""
 
-    def __init__(self, text: str, file: str, first_line: int, first_column: int) -> None:
-        self.text, self.file = text, file
+    def __init__(
+        self, text: str, file: str, first_line: int, first_column: int, loader: type[_Loader], budget: _Budget
+    ) -> None:
+        self.text, self.file, self.loader, self.budget = text, file, loader, budget
+        self.lines: list[str] = []
         self.first_line, self.first_column = first_line, first_column
         self.problems: list[Problem] = []
         self.values: dict[str, Mark] = {}
         self.keys: dict[str, Mark] = {}
         self.literals: dict[str, Mark] = {}
-        self.count = 0
 
     def documents(self) -> Iterator[YamlDocument]:
         try:
-            self._check_depth()
-            for node in yaml.compose_all(self.text, Loader=_Loader):
+            self._check_size()
+            for node in yaml.compose_all(self.text, Loader=self.loader):
                 try:
-                    self.values, self.keys, self.literals, self.count = {}, {}, {}, 0
+                    self.values, self.keys, self.literals = {}, {}, {}
                     value = self._value(node, "", self._mark(node.start_mark), 0)
                 except _Rejected as e:
                     self._problem(e.message, e.remedy, self._mark(e.node.start_mark), e.field)
@@ -178,10 +241,13 @@ class _Reader:
                 "holds half of a character (a lone surrogate)", "save the file as UTF-8 text", (self.first_line, 1)
             )
 
-    def _check_depth(self) -> None:
-        """Before any recursive code sees the text."""
-        depth = 0
-        for event in yaml.parse(self.text, Loader=_Loader):
+    def _check_size(self) -> None:
+        """Before any recursive code sees the text, and before an object is made of each of its values."""
+        depth = count = 0
+        for event in yaml.parse(self.text, Loader=self.loader):
+            count += isinstance(event, yaml.NodeEvent)
+            if count > self.budget.values:
+                raise _Rejected("has too many values", "leave out what is not needed", event)
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_DEPTH:
@@ -194,8 +260,11 @@ class _Reader:
     # --- values
 
     def _value(self, node: yaml.Node, path: str, mark: Mark, depth: int) -> Any:
-        self.count += 1
-        if self.count > MAX_VALUES or depth > MAX_DEPTH:
+        self.budget.values -= 1
+        self.budget.path_chars -= len(path)
+        if self.budget.path_chars < 0:
+            raise _Rejected("the names of its fields are too long", "shorten them", node)
+        if self.budget.values < 0 or depth > MAX_DEPTH:
             raise _Rejected("grows without measure when its aliases are expanded", "write the values out", node)
         # A block collection begins on the line below its key; people look at the key.
         own = self._mark(node.start_mark)
@@ -220,14 +289,15 @@ class _Reader:
                 for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
                     if not isinstance(source, yaml.MappingNode):
                         raise _Rejected("'<<' needs an alias of a mapping", "write '<<: *name'", key_node, path)
-                    merged = {**self._value(source, path, mark, depth + 1), **merged}
+                    for name, value in self._value(source, path, mark, depth + 1).items():
+                        merged.setdefault(name, value)  # of several sources the first one counts
                 continue
             key = self._key(key_node, path)
             where = join(path, key)
             if key in result:
                 line = self.keys[where][0]
                 self._problem(
-                    f"the field '{key}' is given twice (first in line {line})", "keep one of the two", mark, where
+                    f"the field '{key[:80]}' is given twice (first in line {line})", "keep one of the two", mark, where
                 )
                 continue
             self.keys[where] = mark
@@ -268,13 +338,14 @@ class _Reader:
 
     def _literal(self, node: yaml.ScalarNode) -> Mark:
         """Where the first character of a ``|`` block's text stands."""
-        lines = self.text.split("\n")[node.start_mark.line + 1 :]
+        self.lines = self.lines or self.text.split("\n")
+        lines = islice(self.lines, node.start_mark.line + 1, node.end_mark.line + 1)
         indent = next((len(text) - len(text.lstrip(" ")) for text in lines if text.strip()), 0)
         return self.first_line + node.start_mark.line + 1, self.first_column + indent
 
     def _bad_tag(self, node: yaml.Node, path: str) -> _Rejected:
         tag = str(node.tag).replace(_TAG, "!!")
-        return _Rejected(f"the tag {tag} is not allowed here", "write the plain value, without a tag", node, path)
+        return _Rejected(f"the tag {tag[:80]} is not allowed here", "write the plain value, without a tag", node, path)
 
     # --- problems
 
@@ -282,7 +353,8 @@ class _Reader:
         return self.first_line + mark.line, self.first_column + mark.column
 
     def _problem(self, message: str, remedy: str, mark: Mark, field: str = "") -> None:
-        self.problems.append(Problem(message, remedy, field).at(self.file, *mark))
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(Problem(message, remedy, field).at(self.file, *mark))
 
     def _syntax_error(self, error: yaml.YAMLError) -> None:
         if isinstance(error, yaml.MarkedYAMLError):

@@ -15,6 +15,7 @@ from kaito_core.local.home import cache_folder, model_folders
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue
 from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, TuningPlan, plan, requirements
+from kaito_core.planning.serving import CONFIG_KEY as SERVING_KEY
 from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, Offer, Preset, ProvisioningError, Requirements, TuningFit
 from kaito_core.problems import KaitoError, Problem, UserError
@@ -57,14 +58,18 @@ class Given:
         """A problem that planning found, with its place in the file: in the workspace, or in its training configuration."""
         config = self.workspace.tuning.config if self.workspace.tuning else ""
         config_map = self.documents.config_map(config, self.workspace.namespace) if config else None
+        if config_map and problem.field == "tuning.config" and problem.line:  # of its text, which is no YAML
+            return self.documents.document(config_map).within(CONFIG_KEY, problem)
         if config_map and problem.field.startswith("training_config"):
             inner, _ = self.documents.document(config_map).embedded(CONFIG_KEY)
             return inner[0].locate(problem) if inner else problem
         inference = self.workspace.inference
         named = inference.config if inference else ""
         served = self.documents.config_map(named, self.workspace.namespace) if named else None
+        if served and problem.field == "inference.config" and problem.line:
+            return self.documents.document(served).within(SERVING_KEY, problem)
         if served and problem.field.startswith("inference_config."):
-            inner, _ = self.documents.document(served).embedded("inference_config.yaml")
+            inner, _ = self.documents.document(served).embedded(SERVING_KEY)
             inside = replace(problem, field=problem.field.removeprefix("inference_config."))
             return inner[0].locate(inside) if inner else problem
         return self.document.locate(problem)

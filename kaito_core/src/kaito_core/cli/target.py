@@ -144,7 +144,7 @@ def current(kubeconfig: str = "") -> Current:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             context = content.get("current-context")
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as e:
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as e:
             words = " ".join(str(e).split())
             raise UserError(f"the kubeconfig {path} cannot be read: {words}", f"mend it, {HERE_INSTEAD}") from None
         if context:

@@ -308,22 +308,29 @@ def is_default(name: str, built_in: Iterable[str], catalog: Catalog) -> bool:
 
 
 def read_config(name: str, key: str, field: str, catalog: Catalog) -> Any:
-    """The YAML below ``key`` of the named ConfigMap. UserError with ``field`` when it cannot be had."""
+    """The YAML below ``key`` of the named ConfigMap. UserError with ``field``, and the lines of the text, when it cannot be had."""
     if name not in catalog.config_maps:
         raise UserError(
             f"the ConfigMap {name!r} is not there",
             f"put it into the same file as another document (kind: ConfigMap), or leave `{field}` out for the defaults",
             field=field,
         )
-    import yaml
+    from kaito_core.api.yaml_source import parse_settings
 
     text = catalog.config_maps[name].get(key)
     if text is None:
         raise UserError(f"the ConfigMap {name!r} has no key {key!r}", f"its data needs `{key}: |`", field=field)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"{key} of the ConfigMap {name!r} is not YAML: {e}", field=field) from e
+    value, problems = parse_settings(text)
+    if problems:
+        raise UserError([replace(p, message=_in_config_map(key, name, p), field=field) for p in problems])
+    return value
+
+
+def _in_config_map(key: str, name: str, problem: Problem) -> str:
+    """What is wrong with the text in a ConfigMap, and where in the text."""
+    where = f"line {problem.line}, column {problem.column}" if problem.line else ""
+    place = ", ".join(w for w in (where, problem.field[:80]) if w)
+    return f"{key} of the ConfigMap {name!r}" + (f" ({place})" if place else "") + f" {problem.message}"
 
 
 def _training_config(name: str, catalog: Catalog) -> Mapping[str, Any] | None:
