@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 import yaml
 
+from kaito_core.api import read_workspace
 from kaito_core.kube.client import Client, connect
 from kaito_core.kube.errors import (
     AlreadyExists,
@@ -130,6 +131,21 @@ def test_who_is_asked_to_wait_waits(client: Client, answers: Answers) -> None:
         client.get(JOBS, "one", "team")
 
 
+def test_an_object_that_is_nested_too_deeply_does_not_hide_the_others(client: Client, answers: Answers) -> None:
+    """A template is whatever its author writes: the API server takes 9,000 levels, Python reads about a thousand."""
+    deep = '{"metadata": {"name": "deep"}, "inference": {"template": ' + '{"a":' * 9000 + "1" + "}" * 9002
+    items = f'[{{"metadata": {{"name": "one"}}}}, {deep}, {{"metadata": {{"name": "two"}}}}]'
+    answers.add(200, f'{{"items": {items}, "metadata": {{"resourceVersion": "7"}}}}'.encode())
+    found, version = client.list(WORKSPACES)
+    assert [o["metadata"]["name"] for o in found] == ["one", "deep", "two"]
+    assert version == "7"
+    _, problems = read_workspace({**found[1], "apiVersion": "kaito.sh/v1beta1", "kind": "Workspace"})
+    assert [str(p.message) for p in problems] == ["is nested more than 64 deep"]
+    lines = [f'{{"type": "ADDED", "object": {o}}}\n' for o in (deep, '{"metadata": {"name": "one"}}')]
+    answers.add(200, "".join(lines).encode())
+    assert [o["metadata"]["name"] for _, o in client.watch(WORKSPACES, resource_version="7")] == ["deep", "one"]
+
+
 def test_what_is_not_there_is_none_and_deleting_it_is_no_error(client: Client, answers: Answers) -> None:
     answers.refuse(404, "NotFound", "not found")
     answers.refuse(404, "NotFound", "not found")
@@ -210,6 +226,19 @@ def namespace(real: Client) -> Iterator[str]:
     real.create(NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     yield name
     real.delete(NAMESPACES, name)
+
+
+def test_the_api_server_takes_deep_objects_and_they_are_listed(workspaces: Any, real: Client, namespace: str) -> None:
+    for depth in (2, 500, 1500):
+        head = f'{{"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {{"name": "deep-{depth}"}}'
+        template = '{"a":' * depth + '"x"' + "}" * depth
+        body = f'{head}, "resource": {{"count": 1}}, "inference": {{"template": {{"spec": {template}}}}}}}'
+        workspaces.kubectl("create", "--raw", WORKSPACES.path(namespace), "-f", "-", stdin=body)
+    found = {o["metadata"]["name"]: o for o in real.list(WORKSPACES, namespace)[0]}
+    assert set(found) == {"deep-2", "deep-500", "deep-1500"}
+    said = {n: [p.message for p in read_workspace(o)[1] if "nested" in p.message] for n, o in found.items()}
+    deep = ["is nested more than 64 deep"]
+    assert said == {"deep-2": [], "deep-500": deep, "deep-1500": deep}
 
 
 def test_a_write_on_an_old_version_is_a_conflict(real: Client, namespace: str) -> None:

@@ -19,6 +19,7 @@ from kaito_core.api.suggest import closest
 from kaito_core.api.validation import validate_workspace
 from kaito_core.api.workspace import Workspace
 from kaito_core.api.yaml_source import join
+from kaito_core.foreign_json import MAX_DEPTH, deeper
 from kaito_core.problems import Problem
 
 _Path = tuple[str | int, ...]
@@ -42,6 +43,12 @@ def _read(
     model: type[_Read], data: Mapping[str, Any], validate: Callable[[_Read], list[Problem]]
 ) -> tuple[_Read | None, list[Problem]]:
     data = {k: v for k, v in data.items() if k != "status"}
+    # Before recursive code sees it: what is below a pod's template is anything at all.
+    deep = [k for k, v in data.items() if k != "metadata" and deeper(v, MAX_DEPTH)]  # its managedFields mirror the rest
+    if deep:
+        return None, [
+            Problem(f"is nested more than {MAX_DEPTH} deep", "no resource is; check the brackets", k) for k in deep
+        ]
     try:
         found = model.model_validate(data)
     except ValidationError as e:

@@ -53,7 +53,7 @@ class Layout:
         """An existing layout; a `UserError` when the folder is none."""
         try:
             marker = json.loads((path / "oci-layout").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             marker = None
         if not isinstance(marker, dict) or not str(marker.get("imageLayoutVersion")).startswith("1."):
             raise UserError(

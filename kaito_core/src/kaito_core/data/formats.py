@@ -16,12 +16,12 @@ Other names are given with ``DatasetConfig``: ``messages_column``, or ``prompt_c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from typing import Any
 
+from kaito_core import foreign_json
 from kaito_core.data.rows import Row
 from kaito_core.problems import Problem, UserError
 
@@ -193,7 +193,7 @@ def _text(values: Mapping[str, Any], column: str) -> str:
 def _messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV can hold a list only as text
         try:
-            value = json.loads(value)
+            value = foreign_json.loads(value)
         except ValueError as e:
             raise WrongRow(f"found a text in {column!r} that is not JSON ({e}), expected a list of messages") from None
     if not isinstance(value, list):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kaito_core import __version__
+from kaito_core import __version__, foreign_json
 from kaito_core.kube.errors import (
     AlreadyExists,
     ApiError,
@@ -313,7 +313,7 @@ class Client:
     ) -> Object:
         response = self._request(method, path, what, query=query, body=body, content=content)
         try:
-            found = json.loads(self._all(response, what))
+            found = foreign_json.loads_cut(self._all(response, what))
         except ValueError as e:
             raise ApiError(f"{what}: {self.host} does not answer like an API server") from e
         return found if isinstance(found, dict) else {}
@@ -383,7 +383,7 @@ class Watch:
     def __iter__(self) -> Iterator[tuple[str, Object]]:
         try:
             for line in _lines(self._response, self._what):
-                event = json.loads(line)
+                event = foreign_json.loads_cut(line)
                 if event["type"] == "ERROR":
                     status = event["object"]
                     raise error_of(int(status.get("code", 0)), json.dumps(status).encode(), self._what)

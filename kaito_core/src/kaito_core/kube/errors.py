@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from kaito_core import foreign_json
 from kaito_core.problems import Failure
 
 
@@ -71,7 +71,7 @@ _TYPES: Mapping[int, type[ApiError]] = {
 def error_of(status: int, body: bytes, what: str, *, retry_after: str = "") -> ApiError:
     """The error that an answer stands for; ``what`` was tried, in words (``create jobs.batch default/one``)."""
     try:
-        said = json.loads(body)
+        said = foreign_json.loads(body)
     except ValueError:
         said = {}
     said = said if isinstance(said, dict) else {}

@@ -126,7 +126,7 @@ class RunFolder:
             return RunState(**data, stages=stages, served=Served(**served) if served else None)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise Failure(
                 f"{self.path / 'state.json'} is damaged: {e}", "remove the file; finished work is found again"
             ) from e

@@ -352,7 +352,7 @@ def _done(results: Path, stage: Stage) -> dict[str, Any] | None:
     """What the stage found out when it was done for this key; None when it was not, whatever else the folder holds."""
     try:
         marker = json.loads(_marker(results, stage).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(marker, dict) or marker.get("key") != stage.key:
         return None

@@ -24,7 +24,7 @@ def auths(name: str, content: bytes | None) -> dict[str, Any]:
         found = json.loads(content)["auths"]
         if not isinstance(found, dict):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{KEY} of the Secret {name!r} is not JSON of the form {{"auths": …}}') from None
     return found
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kaito_core import foreign_json
 from kaito_core.kube.kinds import Object
 
 PULL = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"})
@@ -83,7 +83,7 @@ def last_words(container: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the stages wrote to the termination message; empty when there is nothing that reads so."""
     text = container.get("state", {}).get("terminated", {}).get("message", "")
     try:
-        said = json.loads(text)
+        said = foreign_json.loads(text)
     except (TypeError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
