@@ -74,7 +74,7 @@ def test_a_damaged_memory_is_read_again(hub: Hub, tmp_path: Path, damage: bytes)
     (kept,) = tmp_path.iterdir()
     kept.write_bytes(damage)
     assert read_hub(REPO, COMMIT, cache=tmp_path) == first
-    assert json.loads(kept.read_text())["licence"] == "apache-2.0"
+    assert json.loads(kept.read_text())["model"]["preset"]["licence"] == "apache-2.0"
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(hub: Hub, tmp_path: Path) -> None:
@@ -221,6 +221,6 @@ def test_a_file_that_never_ends_is_not_read_to_its_end(hub: Hub, monkeypatch: py
 
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", b"{}", b'{"sha": "main"}', b'{"sha": "../../x"}'])
 def test_something_that_is_no_hub(hub: Hub, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader._Hub, "_get", lambda *_: reader._Answer(answer, len(answer)))
+    monkeypatch.setattr(reader._Hub, "_get", lambda _hub, _path, into, *_: into.write_bytes(answer))
     with pytest.raises(UserError, match=r"hub's answer|at which commit"):
         read_hub(REPO)

@@ -17,14 +17,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kaito_core.data.chat_format import added_tokens, chat_format, default_template, stop_ids, unnamed
+from kaito_core import foreign_json
+from kaito_core.data.chat_format import chat_format, default_template, stop_ids, unnamed
 from kaito_core.data.formats import Message
+from kaito_core.data.tokenizer_file import added_tokens_of
 from kaito_core.plugins.types import ChatFormat
 from kaito_core.problems import Problem, UserError
 
 TEMPLATE = "chat_template.jinja"
 """A template in a file of its own, as transformers writes it since version 4.50. It counts before the one in tokenizer_config.json."""
 
+LARGEST_OBJECT = 32 << 20
+"""Bytes of tokenizer_config.json and its like that are read at most, as in `kaito_core.models.files`."""
 LARGEST_TEMPLATE = 4 << 20
 """Bytes of it that are read at most; published ones have some ten thousand."""
 
@@ -103,7 +107,7 @@ def model_stop_tokens(model_folder: Path, template: str = "") -> tuple[str, ...]
         _object(model_folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
     )
     by_number = unnamed(tokenizer, stop_ids(generation, config))
-    added = added_tokens(_object(model_folder / "tokenizer.json")) if by_number else {}
+    added = _added_tokens(model_folder / "tokenizer.json") if by_number else {}
     return chat_format(tokenizer, generation, config, template, added).stop_tokens
 
 
@@ -122,11 +126,24 @@ def _object(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file of a model; empty when there is no such file, or something else in it."""
     if not path.is_file():
         return {}
+    with path.open("rb") as f:
+        data = f.read(LARGEST_OBJECT + 1)
+    if len(data) > LARGEST_OBJECT:
+        raise UserError(Problem(f"larger than {LARGEST_OBJECT:,} bytes", "fetch the model again", file=str(path)))
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
+        found = foreign_json.loads(data)
+    except ValueError as e:
         raise UserError(Problem(f"not JSON: {e}", "fetch the model again", file=str(path))) from e
     return found if isinstance(found, dict) else {}
+
+
+def _added_tokens(path: Path) -> Mapping[int, str]:
+    if not path.is_file():
+        return {}
+    try:
+        return added_tokens_of(path)
+    except ValueError as e:
+        raise UserError(Problem(f"cannot be read: {e}", "fetch the model again", file=str(path))) from e
 
 
 def _span(

@@ -6,9 +6,13 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from kaito_core import foreign_json
 from kaito_core.data.chat_format import added_tokens, chat_format
+from kaito_core.data.tokenizer_file import added_tokens_of
+from kaito_core.limited import working_on
 from kaito_core.models.architecture import Refused, describe
 from kaito_core.models.safetensors_header import BadHeader, Header, parse
 from kaito_core.plugins.types import ModelSource, Preset
@@ -30,6 +34,9 @@ LARGEST_TEXT: Mapping[str, int] = {
 }
 """Bytes that are read of each at most; published ones stay well below."""
 
+PICKLES = (".bin", ".pt", ".pth")
+"""Endings of weights that are never loaded."""
+
 MOST_FILES = 1000
 """Weight files of one model; the largest published models have about two hundred."""
 
@@ -47,20 +54,9 @@ class Raw:
     gated: bool = False
 
     def to_json(self) -> str:
-        """For the cache; `from_json` reads it back."""
+        """All of it as one text."""
         about = {"texts": dict(self.texts), "headers": {n: list(h) for n, h in self.headers.items()}}
         return json.dumps({**about, "licence": self.licence, "gated": self.gated})
-
-    @staticmethod
-    def from_json(text: str) -> Raw:
-        """ValueError when it is not what `to_json` wrote."""
-        about = json.loads(text)
-        try:
-            headers = {str(n): (int(size), str(header)) for n, (size, header) in about["headers"].items()}
-            texts = {str(n): str(t) for n, t in about["texts"].items()}
-            return Raw(texts, headers, str(about["licence"]), bool(about["gated"]))
-        except (TypeError, KeyError, AttributeError) as e:
-            raise ValueError(str(e)) from e
 
 
 @dataclass(frozen=True)
@@ -123,6 +119,7 @@ def headers_of(raw: Raw) -> tuple[Header, ...]:
     """The headers, checked against the sizes of their files and against the index. Raises `BadHeader` and `Refused`."""
     headers = {}
     for name, (size, text) in raw.headers.items():
+        working_on(name)
         try:
             headers[name] = parse(text.encode("utf-8", "surrogatepass"), size)
         except BadHeader as e:
@@ -156,7 +153,7 @@ def weight_files(names: Collection[str], index: Mapping[str, Any] | None) -> lis
         raise Refused(
             "that is an adapter and not a model", "name the model that it belongs to, and the adapter under adapters"
         )
-    if any(n.endswith((".bin", ".pt", ".pth")) for n in names):
+    if any(n.endswith(PICKLES) for n in names):
         raise Refused(
             "its weights are pickles (*.bin), which can run code when they are loaded: kaito never loads them",
             "choose a revision with safetensors, or convert them with safetensors' own tool",
@@ -194,18 +191,23 @@ def weight_map(index: Mapping[str, Any]) -> dict[str, str]:
 
 def json_object(name: str, text: str) -> dict[str, Any]:
     """The JSON object in a file. Raises `Refused`."""
+    working_on(name)
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        parsed = foreign_json.loads(text)
+    except ValueError as e:
         raise Refused(f"{name} is not JSON: {e!s:.200}", "fetch the model again") from None
     if not isinstance(parsed, dict):
         raise Refused(f"{name} is not a JSON object", "fetch the model again")
     return parsed
 
 
-def reduced_tokenizer(text: str) -> str:
+def reduced_tokenizer(path: Path) -> str:
     """tokenizer.json with nothing but the tokens that it adds: the rest is large, and not needed. Raises `Refused`."""
-    listed = added_tokens(json_object(TOKENIZER, text))
+    working_on(TOKENIZER)
+    try:
+        listed = added_tokens_of(path)
+    except ValueError as e:
+        raise Refused(f"{TOKENIZER} cannot be read: {e!s:.200}", "fetch the model again") from None
     return json.dumps({"added_tokens": [{"id": i, "content": t} for i, t in listed.items()]})
 
 

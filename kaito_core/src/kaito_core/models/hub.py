@@ -1,25 +1,29 @@
 """A model on the Hugging Face hub (or the mirror that ``$HF_ENDPOINT`` names): its small files, and the first bytes of its weights.
 
-What was read is remembered by commit, which never changes, so that a model at a pinned revision is read once."""
+What a hub sends goes to a folder of its own and never through this process' memory; it is read there (`kaito_core.models.description`).
+What came out is remembered by commit, which never changes, so that a model at a pinned revision is read once; that a model takes more
+than a model may take is remembered for an hour."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from kaito_core import __version__
 from kaito_core.addresses import guarded_transport, least_zone, private_addresses_allowed
-from kaito_core.data.chat_format import stop_ids, unnamed
 from kaito_core.data.download import (
     TRIED_AGAIN,
+    _Again,
     _content_range,
     _is_hub,
     _number,
@@ -29,25 +33,19 @@ from kaito_core.data.download import (
     hub_token,
 )
 from kaito_core.data.sources import Source, hub_endpoint
-from kaito_core.models.architecture import Refused, class_of
-from kaito_core.models.files import (
-    CONFIG,
-    INDEX,
-    LARGEST_TEXT,
-    TEXTS,
-    TOKENIZER,
-    Model,
-    Raw,
-    json_object,
-    licence_of,
-    model_of,
-    needed,
-    reduced_tokenizer,
-    refusal,
-    weight_files,
+from kaito_core.models.architecture import Refused
+from kaito_core.models.description import (
+    LARGEST_HEADERS,
+    TooMuch,
+    about,
+    check_class,
+    described,
+    model_from,
+    model_json,
+    wanted,
 )
+from kaito_core.models.files import CONFIG, INDEX, LARGEST_TEXT, TEXTS, TOKENIZER, Model, needed, refusal
 from kaito_core.models.safetensors_header import PREFIX, BadHeader, header_length
-from kaito_core.plugins.types import ModelSource
 from kaito_core.problems import Failure, Problem, UserError
 
 FIRST = 128 << 10
@@ -59,16 +57,10 @@ REDIRECTS = 5
 ABOUT = 16 << 20
 """Bytes of the hub's description of a repository; it lists every file."""
 
+REFUSED_SECONDS = 3600.0
+"""For which it is remembered that reading a model takes too much."""
+
 COMMIT = re.compile(r"[0-9a-f]{40}\Z")
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a server sent, as far as it was read."""
-
-    body: bytes
-    total: int | None
-    """Size of the whole file."""
 
 
 class _Hub:
@@ -79,55 +71,70 @@ class _Hub:
         self._token = token
         self.label = repo
 
-    def about(self, revision: str) -> dict[str, Any]:
-        """The hub's description of the repository at a revision."""
-        path = f"/api/models/{self.repo}/revision/{quote(revision, safe='')}"
-        return json_object("the hub's answer", self._get(path, ABOUT).body.decode("utf-8", "replace"))
+    def about(self, revision: str, folder: Path) -> Mapping[str, Any]:
+        """The hub's description of the repository at a revision (`kaito_core.models.description.about`)."""
+        file = folder / "about"
+        self._get(f"/api/models/{self.repo}/revision/{quote(revision, safe='')}", file, ABOUT)
+        return about(file)
 
-    def text(self, commit: str, name: str) -> str:
-        """A small file. Raises `Refused` when it is too large or no text."""
-        limit = LARGEST_TEXT[name]
-        answer = self._get(f"/{self.repo}/resolve/{commit}/{quote(name)}", limit + 1)
-        if len(answer.body) > limit:
-            raise Refused(f"{name} is larger than {limit} bytes")
-        try:
-            return answer.body.decode("utf-8")
-        except UnicodeDecodeError:
-            raise Refused(f"{name} is not UTF-8") from None
+    def save(self, commit: str, names: Iterable[str], folder: Path) -> None:
+        """Small files. Raises `Refused` when one is too large."""
+        for name in names:
+            limit = LARGEST_TEXT[name]
+            self._get(f"/{self.repo}/resolve/{commit}/{quote(name)}", folder / name, limit + 1)
+            if (folder / name).stat().st_size > limit:
+                raise Refused(f"{name} is larger than {limit} bytes")
 
-    def header(self, commit: str, name: str) -> tuple[int, str]:
-        """Size and header of a safetensors file. Raises `BadHeader`."""
+    def headers(self, commit: str, names: Iterable[str], folder: Path) -> dict[str, int]:
+        """The beginnings of safetensors files, with their headers; the sizes of the whole files. Raises `BadHeader`, and `TooMuch`
+        when there is more of it than is read."""
+        left, lock = LARGEST_HEADERS, threading.Lock()
+
+        def header(name: str) -> tuple[str, int]:
+            nonlocal left
+            size = self._header(commit, name, folder / name)
+            with lock:
+                left -= (folder / name).stat().st_size
+                if left < 0:
+                    raise TooMuch(f"the headers of its weights are longer than {LARGEST_HEADERS >> 20} MiB together")
+            return name, size
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                return dict(pool.map(header, names))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _header(self, commit: str, name: str, file: Path) -> int:
         path = f"/{self.repo}/resolve/{commit}/{quote(name)}"
-        first = self._get(path, FIRST, start=0)
-        if first.total is None:
+        total = self._get(path, file, FIRST, start=0)
+        if total is None:
             raise Refused(f"the server does not say how large {name} is")
         try:
-            end = PREFIX + header_length(first.body, first.total)
-            body = first.body[:end]
-            if len(body) < end:
-                rest = self._get(path, end - len(body), start=len(body))
-                if rest.total != first.total:
-                    raise BadHeader("it changed while it was read")
-                body += rest.body
-            if len(body) < end:
-                raise BadHeader(f"the server sent {len(body)} of the header's {end} bytes")
-            return first.total, body[PREFIX:].decode("utf-8")
-        except UnicodeDecodeError:
-            raise BadHeader(f"{name}: the header is not UTF-8") from None
+            with file.open("rb") as f:
+                end = PREFIX + header_length(f.read(PREFIX), total)
+            here = file.stat().st_size
+            if here < end and self._get(path, file, end - here, start=here) != total:
+                raise BadHeader("it changed while it was read")
+            if file.stat().st_size < end:
+                raise BadHeader(f"the server sent {file.stat().st_size} of the header's {end} bytes")
         except BadHeader as e:
             raise BadHeader(f"{name}: {e}") from None
+        os.truncate(file, end)
+        return total
 
-    def _get(self, path: str, most: int, start: int | None = None) -> _Answer:
-        """At most ``most`` bytes of a file, from ``start`` on where it is given. Tries again where that may help."""
+    def _get(self, path: str, into: Path, most: int, start: int | None = None) -> int | None:
+        """At most ``most`` bytes of a file, from ``start`` on where it is given, at the same place in the file ``into``; how large
+        the whole is, where the server says it. Tries again where that may help."""
         import httpx
 
         for attempt in range(1, ATTEMPTS + 1):
             wait: float | None = None
             try:
-                answer = self._follow(hub_endpoint() + path, most, start)
-                if isinstance(answer, _Answer):
-                    return answer
-                why, wait = answer
+                return self._follow(hub_endpoint() + path, into, most, start)
+            except _Again as e:
+                why, wait = str(e), e.wait
             except httpx.TransportError as e:
                 why = str(e) or type(e).__name__
                 if "CERTIFICATE_VERIFY_FAILED" in why:
@@ -136,8 +143,8 @@ class _Hub:
                 time.sleep(min(LONGEST_WAIT, wait if wait is not None else 2.0 ** (attempt - 1)))
         raise self._unreachable(why)
 
-    def _follow(self, url: str, most: int, start: int | None) -> _Answer | tuple[str, float | None]:
-        """The answer behind all redirects; or why there is none now, and how long the server asks to wait."""
+    def _follow(self, url: str, into: Path, most: int, start: int | None) -> int | None:
+        """The answer behind all redirects, as `_get` gives it. Raises `_Again` when there is none now."""
         import httpx
 
         headers = {"Accept-Encoding": "identity", "User-Agent": f"kaito/{__version__}"}
@@ -161,10 +168,11 @@ class _Hub:
                         url = _redirected(url, response.headers["location"], place, self.field)
                         continue
                     if response.status_code in TRIED_AGAIN:
-                        return f"it says {response.status_code}: {_words(response)}", _retry_after(response)
+                        words = f"it says {response.status_code}: {_words(response)}"
+                        raise _Again(words, _retry_after(response))
                     if response.status_code not in (200, 206):
                         raise self._refused(response)
-                    return _read(response, most, start)
+                    return _read(response, into, most, start)
         raise self._unreachable(f"it redirects more than {REDIRECTS} times")
 
     def _refused(self, response: Any) -> Exception:
@@ -201,20 +209,24 @@ class _Hub:
         return Failure(Problem(f"{self.label}: the hub cannot be reached, or has failed: {why}", remedy, self.field))
 
 
-def _read(response: Any, most: int, start: int | None) -> _Answer | tuple[str, float | None]:
+def _read(response: Any, into: Path, most: int, start: int | None) -> int | None:
     """As many bytes of the body as were asked for; a server that does not know ranges is stopped in time."""
     skip, total = start or 0, _number(response.headers.get("content-length", ""))
     if response.status_code == 206:
         begins, total = _content_range(response.headers.get("content-range", ""))
         if start is None or begins != start:
-            return "it sent another part than the one asked for", None
+            raise _Again("it sent another part than the one asked for")
         skip = 0
-    body = bytearray()
-    for chunk in response.iter_raw():
-        body += chunk
-        if len(body) >= skip + most:
-            break
-    return _Answer(bytes(body[skip : skip + most]), total)
+    with into.open("r+b" if start else "wb") as f:
+        f.seek(start or 0)
+        f.truncate()
+        for chunk in response.iter_raw():
+            part = chunk[skip : skip + most]
+            skip -= min(skip, len(chunk))
+            most -= f.write(part)
+            if not most:
+                break
+    return total
 
 
 def read_hub(repo: str, revision: str = "", *, cache: Path | None = None, token: str = "", field: str = "") -> Model:
@@ -224,53 +236,66 @@ def read_hub(repo: str, revision: str = "", *, cache: Path | None = None, token:
     that kaito can use: with the reason) and `Failure` (the hub does not answer)."""
     hub = _Hub(repo, hub_token(token, field), field)
     hub.label = f"{repo}@{revision}" if revision else repo
+    commit = ""
     try:
         if COMMIT.match(revision) and (known := _remembered(cache, repo, revision)):
-            return _model(known, repo, revision, field)
-        about = hub.about(revision or "main")
-        commit = about.get("sha")
-        if not isinstance(commit, str) or not COMMIT.match(commit):
-            raise Refused("the hub does not say at which commit it is", "is HF_ENDPOINT a hub?")
-        hub.label = _label(repo, commit)
-        known = _remembered(cache, repo, commit)
-        if known is None:
-            known = _fetched(hub, about, commit)
-            _remember(cache, repo, commit, known)
-        return _model(known, repo, commit, field)
+            return known
+        with TemporaryDirectory(prefix="kaito-model-") as name:
+            folder = Path(name)
+            said = hub.about(revision or "main", folder)
+            if not COMMIT.match(said["sha"]):
+                raise Refused("the hub does not say at which commit it is", "is HF_ENDPOINT a hub?")
+            commit = said["sha"]
+            hub.label = _label(repo, commit)
+            model = _remembered(cache, repo, commit)
+            if model is None:
+                model = _fetched(hub, said, commit, folder)
+                _remember(cache, repo, commit, {"model": model_json(model)})
+            return model
     except Refused as e:
+        if isinstance(e, TooMuch) and commit and not isinstance(e, _Remembered):
+            _remember(cache, repo, commit, {"too_much": [e.message, e.remedy]})
         raise refusal(hub.label, e, field) from None
     except BadHeader as e:
         remedy = "its publisher has to mend it; choose another revision"
         raise UserError(Problem(f"{hub.label}: the weights cannot be read: {e}", remedy, field)) from None
 
 
-def _fetched(hub: _Hub, about: Mapping[str, Any], commit: str) -> Raw:
-    listed = about.get("siblings")
-    names = {
-        s["rfilename"]
-        for s in (listed if isinstance(listed, list) else ())
-        if isinstance(s, Mapping) and isinstance(s.get("rfilename"), str)
-    }
+def small_texts(repo: str, commit: str, *, token: str = "") -> dict[str, str]:
+    """A model's small files by name, as they are on the hub. Raises `UserError` and `Failure`."""
+    hub = _Hub(repo, hub_token(token), "")
+    hub.label = _label(repo, commit)
+    try:
+        with TemporaryDirectory(prefix="kaito-model-") as name:
+            folder = Path(name)
+            names = [n for n in TEXTS if n in hub.about(commit, folder)["names"] and n != INDEX]
+            hub.save(commit, names, folder)
+            return {n: (folder / n).read_bytes().decode("utf-8") for n in names}
+    except Refused as e:
+        raise refusal(hub.label, e, "") from None
+
+
+def _fetched(hub: _Hub, said: Mapping[str, Any], commit: str, folder: Path) -> Model:
+    names = set(said["names"])
     needed(names)
-    texts = {CONFIG: hub.text(commit, CONFIG)}
-    config = json_object(CONFIG, texts[CONFIG])
-    class_of(config)  # nothing else is asked for of a model that is refused anyway
-    texts |= {name: hub.text(commit, name) for name in TEXTS if name in names and name != CONFIG}
-    files = weight_files(names, json_object(INDEX, texts[INDEX]) if INDEX in texts else None)
-    generation, tokenizer = (
-        json_object(n, texts[n]) if n in texts else {} for n in ("generation_config.json", "tokenizer_config.json")
+    hub.save(commit, [CONFIG], folder)
+    check_class(folder)
+    hub.save(commit, [n for n in TEXTS if n in names and n != CONFIG], folder)
+    found = wanted(folder, names)
+    if found.tokenizer:
+        hub.save(commit, [TOKENIZER], folder)
+    sizes = hub.headers(commit, found.weights, folder)
+    return described(
+        folder,
+        found,
+        hub.label,
+        name=hub.repo,
+        hub=(hub.repo, commit),
+        sizes=sizes,
+        licence=said["licence"],
+        gated=said["gated"],
+        field=hub.field,
     )
-    if unnamed(tokenizer, stop_ids(generation, config)):
-        texts[TOKENIZER] = reduced_tokenizer(hub.text(commit, TOKENIZER))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        headers = dict(zip(files, pool.map(lambda name: hub.header(commit, name), files), strict=True))
-    card, tags = about.get("cardData"), about.get("tags")
-    licence = licence_of(card if isinstance(card, Mapping) else {}, tags if isinstance(tags, list) else ())
-    return Raw(texts, headers, licence, gated=about.get("gated") not in (None, False))
-
-
-def _model(raw: Raw, repo: str, commit: str, field: str) -> Model:
-    return model_of(raw, ModelSource(hub=repo, revision=commit), _label(repo, commit), name=repo, field=field)
 
 
 def _label(repo: str, commit: str) -> str:
@@ -281,16 +306,29 @@ def _place(cache: Path, repo: str, commit: str) -> Path:
     return cache / f"{repo.lower().replace('/', '--')}@{commit}.json"
 
 
-def _remembered(cache: Path | None, repo: str, commit: str) -> Raw | None:
-    """What was read of this commit before; None when nothing was, or when the file is damaged."""
+class _Remembered(TooMuch):
+    """What was found out before."""
+
+
+def _remembered(cache: Path | None, repo: str, commit: str) -> Model | None:
+    """What was read of this commit before, by this version; None when nothing was, or when the file is damaged.
+
+    Raises `TooMuch` when reading it took too much within the last hour."""
     if cache is None:
         return None
-    with suppress(OSError, ValueError, RecursionError):
-        return Raw.from_json(_place(cache, repo, commit).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        place = _place(cache, repo, commit)
+        kept = json.loads(place.read_text(encoding="utf-8"))
+        if kept["kaito"] == __version__:
+            if "model" in kept:
+                return model_from(kept["model"])
+            message, remedy = map(str, kept["too_much"])
+            if time.time() - place.stat().st_mtime < REFUSED_SECONDS:
+                raise _Remembered(message, remedy)
     return None
 
 
-def _remember(cache: Path | None, repo: str, commit: str, raw: Raw) -> None:
+def _remember(cache: Path | None, repo: str, commit: str, what: dict[str, Any]) -> None:
     """A cache that cannot be written costs time and nothing else."""
     if cache is None:
         return
@@ -298,5 +336,5 @@ def _remember(cache: Path | None, repo: str, commit: str, raw: Raw) -> None:
     with suppress(OSError, UnicodeEncodeError):
         cache.mkdir(parents=True, exist_ok=True)
         beside = place.with_name(f"{place.name}.{os.getpid()}")
-        beside.write_text(raw.to_json(), encoding="utf-8")
+        beside.write_text(json.dumps({"kaito": __version__, **what}), encoding="utf-8")
         beside.replace(place)

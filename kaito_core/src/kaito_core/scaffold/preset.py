@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
-from kaito_core.models.files import CONFIG, INDEX, TEXTS, TOKENIZER, Model, Raw
+from kaito_core.models.files import CONFIG, TOKENIZER, Model
 from kaito_core.models.folder import read_folder
+from kaito_core.models.hub import small_texts
 from kaito_core.models.presets import Reader
 from kaito_core.plugins.types import ModelSource
 from kaito_core.problems import UserError
@@ -111,11 +111,8 @@ def _of_hub(wanted: str, token: str) -> tuple[Model, dict[str, str]]:
             "name a folder with a model's files, or org/name or org/name@revision of the Hugging Face hub",
             field="--from",
         )
-    with TemporaryDirectory() as cache:
-        model = Reader(None, Path(cache), token)(wanted, "--from")
-        kept = next(Path(cache).glob("*.json"), None)
-        raw = Raw.from_json(kept.read_text(encoding="utf-8")) if kept else Raw({}, {})
-    return model, {n: t for n, t in raw.texts.items() if n in TEXTS and n != INDEX}
+    model = Reader(None, None, token)(wanted, "--from")
+    return model, small_texts(model.preset.source.hub, model.preset.source.revision, token=token)
 
 
 def _without_words(model: Model) -> Model:

@@ -361,7 +361,7 @@ def read_files(folder: Path, preset: Preset) -> Files:
             json_object(n, texts.get(n, "{}")) for n in ("tokenizer_config.json", "generation_config.json")
         )
         if (folder / TOKENIZER).is_file() and unnamed(tokenizer, stop_ids(generation, config)):
-            texts[TOKENIZER] = reduced_tokenizer((folder / TOKENIZER).read_text("utf-8"))
+            texts[TOKENIZER] = reduced_tokenizer(folder / TOKENIZER)
         texts = {n: t for n, t in texts.items() if n != "model.safetensors.index.json"}
         source = ModelSource(folder=str(folder))
         return Files(folder, model_of(Raw(texts, {}), source, str(folder), name=preset.name), "", weights)
