@@ -20,9 +20,11 @@ from kaito_core.controller.planner import Planner
 from kaito_core.kube.client import Client
 from kaito_core.kube.kinds import Object
 from kaito_core.models import description
+from kaito_core.models.folder import read_folder
 from kaito_core.plugins.manager import PluginManager
+from kaito_core.problems import UserError
 
-from .conftest import COMMIT, REPO, Hub, llama, model_files, weights
+from .conftest import COMMIT, REPO, Hub, llama, model_files, weights, write
 
 COMPUTED_SECONDS = 6.0
 """Of computing, for one model, in this process and its children; on an idle machine each takes less than two."""
@@ -296,3 +298,10 @@ def test_poisonous_models_hold_the_workers_for_seconds_and_are_not_read_again(hu
     other = planner(workspace("another", "evil/model-0"))
     assert [path for path, _ in hub.requests] == ["/api/models/evil/model-0/revision/main"]
     assert other.problems == again.problems
+
+
+def test_a_folder_is_read_within_the_same_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "MODEL_FILES", limited.Limits(memory_bytes=64 << 20))
+    folder = write(tmp_path / "m", {**model_files(), "tokenizer_config.json": tokenizer_config(x=lists(4))})
+    with pytest.raises(UserError, match=r"m: reading tokenizer_config.json takes more than 64 MiB of memory"):
+        read_folder(folder)
