@@ -119,11 +119,11 @@ def test_wrong_rows_are_collected_up_to_twenty() -> None:
 
 def test_each_file_may_have_a_format_of_its_own() -> None:
     chat, alpaca = Row("a.jsonl", 1, {"messages": [ASK, SAY]}), Row("b.csv", 1, {"instruction": "q", "output": "a"})
-    forms, found = samples([chat, alpaca], {})
+    found, read = samples([chat, alpaca], {})
     assert [
-        [(m.role, m.content) for m in sample.messages] for _, sample in found if isinstance(sample, Conversation)
+        [(m.role, m.content) for m in sample.messages] for _, sample in read if isinstance(sample, Conversation)
     ] == [QA, QA]
-    assert {file: form.name for file, form in forms.items()} == {"a.jsonl": "messages", "b.csv": "alpaca"}
+    assert {file: form.name for file, form in found.forms.items()} == {"a.jsonl": "messages", "b.csv": "alpaca"}
 
 
 def test_an_unknown_file_and_a_wrong_row_elsewhere_are_told_together() -> None:

@@ -12,7 +12,7 @@ import pytest
 from kaito_core.plugins.types import ChatFormat, ModelSource
 from kaito_core.problems import UserError
 from kaito_core.workloads.job import Folders, TuningJob
-from kaito_tuner_qlora import artifact
+from kaito_tuner_qlora import artifact, report
 
 METRICS: dict[str, Any] = {"summary": {}}
 
@@ -82,3 +82,8 @@ def test_an_adapter_of_a_model_in_a_folder_names_no_path_of_this_machine(make_jo
     assert config["revision"] == facts["revision"] == "sha256:" + "e" * 64
     for path in adapter.iterdir():
         assert str(folders.weights.parent).encode() not in path.read_bytes()
+
+
+def test_the_report_of_a_run_lists_the_columns_that_were_not_used(make_job: Any) -> None:
+    page = report.render(make_job(), {}, {"rows": 3, "columns_not_used": ["mood", "messages[].name"]}, {})
+    assert "<td>columns not used</td><td>mood, messages[].name</td>" in page

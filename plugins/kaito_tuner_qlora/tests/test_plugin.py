@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kaito_core.plugins import Architecture, ChatFormat, Configuration, Gpu, ModelSource, Offer, Preset
+from kaito_core.problems import UserError
 from kaito_core.workloads.job import DataInput, TuningJob
 from kaito_tuner_qlora import estimate, plugin
 from kaito_tuner_qlora.plugin import QloraTuner
@@ -111,3 +112,10 @@ def test_the_planners_half_is_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_columns_that_exclude_each_other_are_refused_before_a_node_is_bought() -> None:
+    user = {"DatasetConfig": {"messages_column": "chat", "prompt_column": "ask"}}
+    with pytest.raises(UserError, match="messages_column and prompt_column exclude each other") as e:
+        TUNER.resolve(PRESET, "lora", user)
+    assert e.value.problems[0].field.endswith("DatasetConfig.prompt_column")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +55,8 @@ class Report:
     """Rows in which the assistant says nothing at least once."""
     control_tokens: int
     """Rows whose text spells a special token."""
+    columns_not_used: tuple[str, ...]
+    """Columns and message keys that hold something in some row and are not trained on, ids and the like left out."""
     sample: tuple[tuple[str, bool], ...]
     """One rendered example in pieces, each with whether it is trained."""
     problems: tuple[Problem, ...]
@@ -107,6 +109,7 @@ class Report:
             f"duplicates       {self.duplicates} rows ({self.duplicate_share:.1%})",
             f"differing        {self.differing_answers} prompts have more than one answer",
             f"empty answers    {self.empty_answers} rows",
+            *([f"columns not used: {', '.join(self.columns_not_used)}"] if self.columns_not_used else []),
         ]
 
 
@@ -159,8 +162,10 @@ class Doctor:
     def _stops_in(self, example: Example) -> bool:
         return any(t and i in self._stops for i, t in zip(example.input_ids, example.trained, strict=True))
 
-    def report(self, form: str, train_rows: int, eval_rows: int, notes: Sequence[Problem] = ()) -> Report:
-        """What was found; ``notes`` are problems found elsewhere (in the configuration)."""
+    def report(
+        self, form: str, train_rows: int, eval_rows: int, notes: Sequence[Problem] = (), unused: Iterable[str] = ()
+    ) -> Report:
+        """What was found; ``notes`` are problems found elsewhere (in the configuration), ``unused`` the columns not used."""
         lengths = sorted(self._lengths)
         truncated = sum(n > self._max_length for n in lengths)
         return Report(
@@ -169,7 +174,7 @@ class Doctor:
             length_p50=_rank(lengths, 0.5), length_p95=_rank(lengths, 0.95), length_max=lengths[-1] if lengths else 0,
             histogram=_histogram(lengths), truncated=truncated, duplicates=self._duplicates,
             differing_answers=len(self._differing), empty_answers=self._empty, control_tokens=self._control,
-            sample=self._sample, problems=(*self._errors(), *notes, *self._warnings(truncated)),
+            columns_not_used=tuple(unused), sample=self._sample, problems=(*self._errors(), *notes, *self._warnings(truncated)),
         )  # fmt: skip
 
     def _errors(self) -> list[Problem]:

@@ -13,6 +13,8 @@ from typing import IO, Any
 CHUNK = 1 << 18
 WRAPPERS = ("data", "rows", "train", "examples", "instances")
 """Keys under which files keep their rows: ``{"data": [{…}, …]}``."""
+ABOUT_THE_FILE = frozenset({"version", "name", "description", "license", "licence", "citation", "homepage"})
+"""Keys beside those that say nothing of the rows."""
 
 
 def json_rows(text: IO[str], longest: int) -> Iterator[Any]:
@@ -29,9 +31,11 @@ def json_rows(text: IO[str], longest: int) -> Iterator[Any]:
     if second is not None:
         yield from chain([first, second], values)
         return
-    wrapped = [first[k] for k in WRAPPERS if isinstance(first.get(k), list)]
-    if len(wrapped) == 1 and all(isinstance(row, dict) for row in wrapped[0]):
-        yield from wrapped[0]
+    wrapped = [k for k in WRAPPERS if isinstance(first.get(k), list)]
+    if len(wrapped) == 1 and all(isinstance(row, dict) for row in first[wrapped[0]]):
+        # What stands beside the rows belongs to each of them.
+        beside = {k: v for k, v in first.items() if k != wrapped[0] and k not in ABOUT_THE_FILE}
+        yield from ({**beside, **row} for row in first[wrapped[0]])
     elif first and all(isinstance(c, list) and all(isinstance(x, str) for x in c) for c in first.values()):
         if len({len(c) for c in first.values()}) != 1:
             raise ValueError("an object of columns whose columns are not equally long")
@@ -62,7 +66,7 @@ class _Reader:
     def __init__(self, text: IO[str], longest: int) -> None:
         self._text, self._longest = text, longest
         self._buffer, self._at, self._ended = "", 0, False
-        self._decoder = json.JSONDecoder(parse_constant=_no_constant)
+        self._decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=unique_names)
 
     def _more(self) -> bool:
         """Read on, each time as much as is already there, so that one long value costs linear time."""
@@ -130,3 +134,13 @@ class _Reader:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of ``pairs``. ValueError when a name stands in it twice: one of the two would be dropped."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:80]!r} stands twice in one object")
+    return found

@@ -68,19 +68,19 @@ def prepare(
     template = str(_section(config, "ModelConfig").get("chat_template") or "")
     tokenizer = ChatTokenizer(tokenizer_dir, replace(preset.chat, template=template) if template else preset.chat)
     doctor = Doctor(tokenizer, max_length)
-    forms, rows = samples(read_rows(paths), dataset)
+    found, rows = samples(read_rows(paths), dataset)
     kept: list[tuple[bytes, Example]] = []
     for sample, rendered, whole in _encoded(rows, tokenizer):
         cut = Example(whole.input_ids[:max_length], whole.trained[:max_length])
         key = doctor.look(sample, rendered, whole, cut)
         if cut.trained_tokens:
             kept.append((key, cut))
-    form = ", ".join(dict.fromkeys(f.name for f in forms.values()))
+    form = ", ".join(dict.fromkeys(f.name for f in found.forms.values()))
     train, held_out = _split(kept, fraction, dataset)
     if fraction < 1 and kept and not held_out:
         notes.append(Problem("too few different rows to hold some out for evaluation", field="DatasetConfig.train_test_split",
                              severity="warning"))  # fmt: skip
-    report = doctor.report(form, len(train), len(held_out), notes)
+    report = doctor.report(form, len(train), len(held_out), notes, found.unused)
     digest = digest_files(paths)
     if into is not None:
         into.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kaito_core.data.formats import named_columns
 from kaito_core.plugins.types import Preset
 from kaito_core.problems import Problem, UserError, errors
 from kaito_tuner_qlora.sections import SECTIONS, Section, TrainingConfig
@@ -284,6 +285,10 @@ def _cross_checks(preset: Preset, method: str, config: Mapping[str, Any], writte
     if config["DataCollator"]["mlm"]:
         text = "`mlm: true` means nothing for a causal language model and is treated as false"
         problems.append(Problem(text, "remove the field", "DataCollator.mlm", severity="warning"))
+    try:
+        named_columns(config["DatasetConfig"])
+    except UserError as e:
+        problems.extend(e.problems)
     if training["early_stopping_patience"] and config["DatasetConfig"]["train_test_split"] >= 1:
         problems.append(Problem("early stopping needs held-out data, and train_test_split is 1", "set it to 0.95",
                                 "TrainingArguments.early_stopping_patience"))  # fmt: skip

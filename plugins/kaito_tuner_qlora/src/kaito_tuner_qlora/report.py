@@ -107,6 +107,8 @@ def _data(metrics: Mapping[str, Any], doctor: Mapping[str, Any]) -> Iterable[tup
     data = metrics.get("data", {})
     yield from ((k.replace("_", " "), f"{v:,}" if isinstance(v, int) else v) for k, v in data.items())
     yield from ((k, v) for k, v in doctor.items() if isinstance(v, str | int | float) and k not in data)
+    if doctor.get("columns_not_used"):
+        yield "columns not used", ", ".join(doctor["columns_not_used"])
 
 
 def _machine(job: TuningJob, metrics: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
