@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kaito_core.data.bounds import LONGEST_ROW
 from kaito_core.data.json_rows import json_values
-from kaito_core.data.rows import LONGEST_ROW, data_files, file_kind, read_rows
+from kaito_core.data.rows import data_files, file_kind, read_rows
 from kaito_core.problems import KaitoError, UserError
 
 ROWS = [{"prompt": f"é {i}", "completion": "x" * i} for i in range(3)]

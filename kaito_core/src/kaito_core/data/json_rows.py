@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import IO, Any
 
+from kaito_core.data.bounds import MOST_CONTAINERS
+
 CHUNK = 1 << 18
 WRAPPERS = ("data", "rows", "train", "examples", "instances")
 """Keys under which files keep their rows: ``{"data": [{…}, …]}``."""
@@ -115,6 +117,10 @@ class _Reader:
     def value(self) -> Any:
         self.peek()
         while True:
+            if len(self._buffer) - self._at > MOST_CONTAINERS and (
+                self._buffer.count("{", self._at) + self._buffer.count("[", self._at) > MOST_CONTAINERS
+            ):
+                raise ValueError(f"more than {MOST_CONTAINERS:,} lists and objects in one value")
             try:
                 found, end = self._decoder.raw_decode(self._buffer, self._at)
             except RecursionError:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from kaito_core.data.bounds import INFLATION, LONGEST_ROW, MOST_CELLS, most_unpacked
 from kaito_core.data.json_rows import json_rows, json_values
+from kaito_core.data.tables import TableError, table_rows
 from kaito_core.problems import Problem, UserError
 
 KINDS = {
@@ -48,10 +50,6 @@ UNREADABLE = (
         "fetch the file with `git lfs pull`, or by its URL",
     ),
 )
-LONGEST_ROW = 64 << 20
-"""Bytes of one line or one CSV field: what is longer is no row but a broken file."""
-INFLATION = 200
-"""How many times its size a gzip file may unpack to (beyond 64 MiB): text shrinks 3- to 20-fold, a bomb 1000-fold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +93,8 @@ def read_rows(files: Iterable[Path]) -> Iterator[Row]:
             raise _unreadable(
                 path, number + 1, f"not UTF-8 text (byte {e.start}: {e.reason})", "save it as UTF-8"
             ) from e
+        except TableError as e:
+            raise _unreadable(path, e.row, str(e), "write the file again, or give the rows as JSON lines") from e
         except (
             ValueError,
             csv.Error,
@@ -121,10 +121,8 @@ def _kind_of_value(value: Any) -> str:
 
 def _rows_of(path: Path) -> Iterator[tuple[int, Any]]:
     kind = file_kind(path)
-    if kind == "parquet":
-        return _parquet(path)
-    if kind == "arrow":
-        return _arrow(path)
+    if kind in ("parquet", "arrow"):
+        return table_rows(path, kind)
     return _text_rows(path, kind)
 
 
@@ -177,40 +175,6 @@ def _by_content(path: Path, head: bytes) -> str:
     return next((kind for magic, kind in MAGIC if head.startswith(magic)), "")
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
-def _arrow(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        number = 0
-        for batch in _batches(source, path):
-            for start in range(0, batch.num_rows, 1024):
-                for row in batch.slice(start, 1024).to_pylist():
-                    number += 1
-                    yield number, row
-
-
-def _batches(source: Any, path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-
-    with path.open("rb") as f:
-        is_file = f.read(6) == b"ARROW1"
-    if is_file:
-        reader = pa.ipc.open_file(source)
-        return (reader.get_batch(i) for i in range(reader.num_record_batches))
-    return iter(pa.ipc.open_stream(source))
-
-
 def _text_rows(path: Path, kind: str) -> Iterator[tuple[int, Any]]:
     with _opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
         if kind == "json":
@@ -246,13 +210,37 @@ def _lines_of_json(text: IO[str]) -> Iterator[tuple[int, Any]]:
             raise ValueError("more than one JSON value in a line")
 
 
+class _RecordLines(Iterator[str]):
+    """The lines of a table, as the CSV reader asks for them; a record may have several."""
+
+    def __init__(self, text: IO[str], delimiter: str) -> None:
+        self._lines, self._delimiter = _lines(text), delimiter
+        self.next_record()
+
+    def next_record(self) -> None:
+        self._chars = self._cells = 0
+
+    def __next__(self) -> str:
+        _, line = next(self._lines)
+        self._chars += len(line)
+        self._cells += line.count(self._delimiter)
+        if self._chars > LONGEST_ROW or self._cells > MOST_CELLS:
+            raise ValueError(
+                f"a record of more than {LONGEST_ROW >> 20} MiB or {MOST_CELLS:,} fields: a quote is not closed, or this is no table"
+            )
+        return line
+
+
 def _table(text: IO[str], delimiter: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(LONGEST_ROW)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = _RecordLines(text, delimiter)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = [name.strip() for name in next(reader, [])]
     if len(set(header)) != len(header):
-        raise ValueError(f"the first line names a column twice: {', '.join(header)}")
+        raise ValueError(f"the first line names a column twice: {', '.join(header):.300}")
+    lines.next_record()
     for number, cells in enumerate((c for c in reader if c), 1):
+        lines.next_record()
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} fields where the first line names {len(header)} (record {number})")
         yield number, dict(zip(header, cells, strict=True))
@@ -266,7 +254,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 def _bounded(path: Path) -> IO[bytes]:
     """A gzip file, unpacked as it is read, that stops at what no honest file unpacks to."""
-    limit = path.stat().st_size * INFLATION + (64 << 20)
+    limit = most_unpacked(path)
 
     class Bounded(io.RawIOBase):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kaito_core.data.packing import pack
-from kaito_core.problems import Failure
+from kaito_core.data.prepared import read_batches
 from kaito_tuner_qlora.loss import IGNORED
 
 
@@ -67,20 +67,13 @@ class Examples(Sequence[Example]):
 
 def read(path: Path, limit: int) -> Examples:
     """The examples of a file that the `check` stage wrote (`kaito_core.data.prepared`), each at most ``limit`` tokens."""
-    import pyarrow as pa
-
     if not path.is_file():
         return Examples([], limit)
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        parts = []
-        for i in range(reader.num_record_batches):
-            ids, trained = reader.get_batch(i).columns
-            flags = trained.values.to_numpy(zero_copy_only=False).astype(bool)
-            parts.append((ids.values.to_numpy(), flags, ids.offsets.to_numpy()))
-    except (OSError, ValueError, AttributeError) as e:
-        raise Failure(f"the prepared data cannot be read: {e}", "run the `check` stage again", field=str(path)) from e
-    return Examples(parts, limit)
+    batches, _ = read_batches(path)
+    return Examples([
+        (ids.values.to_numpy(), trained.values.to_numpy(zero_copy_only=False).astype(bool), ids.offsets.to_numpy())
+        for ids, trained in batches
+    ], limit)  # fmt: skip
 
 
 def rows(lengths: Sequence[int], capacity: int, packing: bool) -> list[list[int]]:
