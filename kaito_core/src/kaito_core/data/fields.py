@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 LISTED_FIELDS = 100
@@ -92,6 +93,12 @@ _EMPTY_TEXTS = frozenset({"[]", "{}", "null", "none", "nan"})
 
 def canonical(name: str) -> str:
     """``name`` as the tables here write it: ``tool_calls``, ``toolCalls`` and ``Tool-Calls`` are one name."""
+    # The same few names stand in every row; a name as long as a book is not kept.
+    return _canonical(name) if len(name) <= LISTED_NAME_CHARS else _canonical.__wrapped__(name)
+
+
+@lru_cache(maxsize=1024)
+def _canonical(name: str) -> str:
     return re.sub(r"[\s_.\-]+", "", name.casefold()) or name
 
 
@@ -107,6 +114,8 @@ def is_harmless(name: str) -> bool:
 
 def is_absent(value: Any, meaning: Meaning | None = None) -> bool:
     """Whether ``value`` says nothing: null, NaN, empty, a container of such, or the neutral value of its ``meaning``."""
+    if value is None:
+        return True
     todo = [value]  # not recursive: data is nested as deeply as its author likes
     while todo:
         found = todo.pop()

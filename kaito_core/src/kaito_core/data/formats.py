@@ -156,7 +156,7 @@ class _Leftovers:
     def keys(self, values: Mapping[str, Any], used: tuple[str, ...], place: str, *, trained: bool) -> None:
         """Sort the keys of a message or of a part of its content; ``trained``: it is the assistant's, and so carries loss."""
         for name, value in values.items():
-            if name in used or is_harmless(name):
+            if value is None or name in used or is_harmless(name):
                 continue
             meaning = meaning_of(name)
             if is_absent(value, meaning):
@@ -316,10 +316,12 @@ def _system(values: Mapping[str, Any], form: Format, used: set[str]) -> tuple[st
     """The system prompt that stands in columns of its own, and their names. `WrongRow` when they differ."""
     names = [n for n in values if n == form.system or (n not in used and meaning_of(n) is SYSTEM)]
     names = [n for n in names if not is_absent(values[n], SYSTEM)]
+    if not names:
+        return "", names
     texts = {_text(values, n).strip(): n for n in names}
     if len(texts) > 1:
         raise WrongRow(f"found two different system prompts, in the columns {_listed(texts.values())}, expected one")
-    return (_text(values, names[0]) if names else ""), names
+    return _text(values, names[0]), names
 
 
 def _with_system(system: str, messages: list[Message]) -> list[Message]:
@@ -338,7 +340,7 @@ def _columns(
 ) -> None:
     """Sort the columns that are not in the sample."""
     for name, value in values.items():
-        if name in used or is_harmless(name):
+        if value is None or name in used or is_harmless(name):
             continue
         meaning = meaning_of(name)
         if is_absent(value, meaning):
@@ -418,6 +420,8 @@ def _message(value: Any, column: str, number: int, left: _Leftovers) -> Message:
 
 def _one_of(message: Mapping[str, Any], name: str, other: str, place: str) -> Any:
     """What stands under ``name`` (OpenAI) or ``other`` (ShareGPT). `WrongRow` when both are there and differ."""
+    if message.get(other) is None:
+        return message.get(name)
     found = [message[n] for n in (name, other) if message.get(n) is not None]
     filled = [f for f in found if not is_absent(f)]
     if len(filled) == 2 and filled[0] != filled[1]:
