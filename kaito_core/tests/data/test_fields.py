@@ -102,9 +102,13 @@ def test_what_says_nothing_is_as_absent(format_: str, name: str) -> None:
             assert outcome({"messages": [ASK, {**SAY, name: value}]}) == plain, value
 
 
-def test_no_loss_on_what_is_not_trained_anyway_is_no_obstacle() -> None:
-    assert outcome({"messages": [{**ASK, "weight": 0}, SAY]}) == ("read", ([[("user", "the question"), ("assistant", "the answer")]],
-                                                                            ["messages[].weight"]))  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "listed"),
+    [("weight", 0, True), ("weight", 1, False), ("train", False, True), ("train", True, True)],
+)
+def test_flags_on_a_question_which_is_never_trained_are_said(key: str, value: Any, listed: bool) -> None:
+    spoken = [("user", "the question"), ("assistant", "the answer")]
+    assert outcome({"messages": [{**ASK, key: value}, SAY]}) == ("read", ([spoken], [f"messages[].{key}"] * listed))
 
 
 @pytest.mark.parametrize("format_", CONVERSATIONS)

@@ -159,10 +159,11 @@ class _Leftovers:
             if value is None or name in used or is_harmless(name):
                 continue
             meaning = meaning_of(name)
-            if is_absent(value, meaning):
+            # A turn of the user is never trained: "no loss" is what happens anyway, and "loss" is not done. Both are listed.
+            said = not trained and meaning in (LOSS_FLAGS, LOSS_MASKS, WEIGHTS) and value in (0, 1)
+            if is_absent(value, None if said and meaning is not WEIGHTS else meaning):
                 continue
-            loss = meaning in (WEIGHTS, LOSS_FLAGS, LOSS_MASKS)
-            if meaning is None or meaning in (QUESTION, ANSWER, PREFERENCE) or (loss and not trained and value == 0):
+            if said or meaning is None or meaning in (QUESTION, ANSWER, PREFERENCE):
                 self.leave_out(f"{place}.{name}")
             else:
                 self.refuse(f"{place}.{name}", meaning)
@@ -523,7 +524,7 @@ def _refusals(refused: Mapping[str, _RefusedField], form: Format, file: str) -> 
     problems = []
     for place, found in refused.items():
         where = f"row {found.first}" + (f" and {found.rows - 1} more" if found.rows > 1 else "")
-        remedy = f"leave `{place}` out where the training may do without"
+        remedy = f"leave `{place}` out of the data if that is meant"
         if found.meaning is CONTEXT and form.prompt:
             remedy = f"name it with DatasetConfig.context_column if it belongs to the question, or {remedy}"
         problems.append(
@@ -533,7 +534,7 @@ def _refusals(refused: Mapping[str, _RefusedField], form: Format, file: str) -> 
 
 
 def _refusal(place: str, meaning: Meaning) -> str:
-    return f"`{place}` holds {meaning.what}, and kaito trains on the words of system, user and assistant alone"
+    return f"`{place}` holds {meaning.what}, which kaito trains without: the model would learn something else"
 
 
 def _kind(value: Any) -> str:
