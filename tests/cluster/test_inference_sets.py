@@ -206,7 +206,8 @@ def test_somebody_else_s_objects_are_left_alone(world: World) -> None:
     made = world.client.create(WORKSPACES, other)
     world.make(2)
     world.until(lambda: world.condition()["reason"] == "NameTaken")
-    assert "already a Workspace llm-0, and it is not of this InferenceSet" in world.condition()["message"]
+    words = f"already a Workspace {world.namespace}/llm-0, and it is not of this InferenceSet: it has no owner"
+    assert words in world.condition()["message"]
     world.kubectl("scale", "inferenceset/llm", "--replicas=0")
     world.until(lambda: "llm-1" not in world.workspaces())
     assert world.workspaces()["llm-0"]["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
