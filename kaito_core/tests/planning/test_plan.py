@@ -210,7 +210,6 @@ def test_the_catalogue_knows_the_quick_starts_machine_and_is_sound() -> None:
     assert not v100.gpu.has_bfloat16
     assert v100.retired
     assert all(o.gpu and o.gpu.memory > GIB and o.gpus >= 1 and o.cpus >= 1 for o in known.values())
-    assert catalogue.close_matches("Standard_NC24ads_A100_v5")[0] == "Standard_NC24ads_A100_v4"
 
 
 class Broken(Sized):

@@ -220,18 +220,11 @@ def test_auto_takes_the_cheapest_of_spot_and_on_demand() -> None:
     assert planned(*offers).chosen == made.candidates[1]
 
 
-@pytest.mark.parametrize(
-    ("resource", "words"),
-    [
-        ("{gpu: {model: A1000}}", "no known GPU is called A1000; did you mean A10"),
-        ("{regions: [eastsu]}", "no known region is called eastsu; did you mean eastus"),
-    ],
-)
-def test_a_slip_of_the_pen_is_seen(resource: str, words: str) -> None:
+def test_a_slip_of_the_pen_in_a_gpu_is_seen() -> None:
     for offers in ((), (machine("m", region="westus"),)):
-        made = planned(*offers, resource=resource)
+        made = planned(*offers, resource="{gpu: {model: A1000}}")
         assert made.refusal is not None
-        assert words in made.refusal.remedy
+        assert "no known GPU is called A1000; did you mean A10" in made.refusal.remedy
 
 
 # --- a machine that is given up by its cloud
@@ -239,7 +232,8 @@ def test_a_slip_of_the_pen_is_seen(resource: str, words: str) -> None:
 
 def test_a_retired_machine_that_is_there_is_used() -> None:
     v100 = catalogue.instance_types()["standard_nc6s_v3"]
-    made = planned(replace(v100, retired="", provisioner="existing"), resource="{instanceType: Standard_NC6s_v3}")
+    there = replace(v100, retired="", provisioner="existing")
+    made = planned(there, resource="{instanceType: Standard_NC6s_v3}")
     assert names(made) == ["Standard_NC6s_v3"]
 
 

@@ -14,6 +14,7 @@ from kaito_core.addresses import private_addresses_allowed
 from kaito_core.local.home import cache_folder, model_folders
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue
+from kaito_core.planning.names import unknown
 from kaito_core.planning.plan import CONFIG_KEY, Catalog, Plan, TuningPlan, plan, requirements
 from kaito_core.planning.serving import CONFIG_KEY as SERVING_KEY
 from kaito_core.plugins.guard import blamed_on
@@ -178,7 +179,8 @@ def _hub_token(given: Given) -> str:
 
 def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> Plan:
     workspace = anchored(given.workspace, given.base)
-    offers = tuple(_offers(workspace, plugins, local=local))
+    found, complete = _offers(workspace, plugins, local=local)
+    offers = tuple(found)
     known = registry_of(given, plugins)
     # How the data is cut depends on the machine that will do it, so that one is planned for first.
     catalog = Catalog(
@@ -187,7 +189,9 @@ def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> 
         config_maps=given.config_maps,
         model_folders={**model_folders(), **known.folders},
         installed=frozenset(plugins.provisioners()),
+        complete=complete,
     )
+    _warn_of_names(given, offers, complete=complete)
     facts = _facts(plan(workspace, catalog, by))
     return plan(workspace, replace(catalog, offers=offers, data=facts), by)
 
@@ -215,46 +219,49 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
     for problem in offered.failed.values():
         click.echo(f"warning: {problem.message}", err=True)
     known = as_the_controller(registry_of(given, plugins, cluster=True), cluster)
-    planned = plan(workspace, Catalog(known, offered.offers, config_maps(given, cluster)), by)
+    complete = not offered.failed
+    _warn_of_names(given, offered.offers, complete=complete)
+    maps = config_maps(given, cluster)
+    planned = plan(workspace, Catalog(known, offered.offers, maps, complete=complete), by)
     if planned.refusal and all(c.offer.retired for c in planned.candidates):
         why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
         return replace(planned, refusal=why)
     return planned
 
 
-def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> list[Offer]:
-    """What can be had, and, unless only this machine is asked for, what the catalogue knows besides. A provisioner that fails is warned
-    of, and keeps nobody from the machines of the others."""
+def _warn_of_names(given: Given, offers: Sequence[Offer], *, complete: bool) -> None:
+    """Say which names of machines and regions are not known. Those that are slips of the pen are errors of the plan."""
+    for problem in unknown(requirements(given.workspace), offers, complete=complete):
+        if problem.severity == "warning":
+            click.echo(str(given.locate(problem)), err=True)
+
+
+def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> tuple[list[Offer], bool]:
+    """What can be had, and, unless only this machine is asked for, what the catalogue knows besides; and whether every provisioner could
+    say what it has. One that fails is warned of, and keeps nobody from the machines of the others."""
     wanted = Requirements() if local else requirements(workspace)
     found: list[Offer] = []
+    complete = True
     for provisioner in plugins.provisioners().values():
         if not local or provisioner.name == "local":
             try:
                 with blamed_on(f"the node provisioner {provisioner.name!r}"):
                     found.extend(provisioner.offers(wanted))
             except ProvisioningError as e:
+                complete = False
                 click.echo(
                     f"warning: the node provisioner {provisioner.name!r} does not know what it has: {e}", err=True
                 )
             except KaitoError as e:
+                complete = False
                 for problem in e.problems:
                     click.echo(str(replace(problem, severity="warning")), err=True)
-    return found if local else [*found, *_known(wanted, found)]
+    return (found if local else [*found, *_known(wanted, found)]), complete
 
 
 def _known(wanted: Requirements, offered: Sequence[Offer]) -> list[Offer]:
     """The machines of the catalogue that nobody offers; only those that the workspace names, if it names some."""
     named = {name.lower() for name in wanted.instance_types}
-    for name in wanted.instance_types:
-        if name.lower() not in catalogue.instance_types():
-            close = catalogue.close_matches(name)
-            problem = Problem(
-                f"the instance type {name!r} is not in the catalogue, so nothing can be said of its fit",
-                f"did you mean {' or '.join(close)}?" if close else "",
-                "resource.instanceTypes" if len(named) > 1 else "resource.instanceType",
-                severity="warning",
-            )
-            click.echo(str(problem), err=True)
     have = {(o.instance_type.lower(), o.region, o.capacity_type) for o in offered}
     return [
         offer

@@ -22,12 +22,21 @@ from kaito_core.kube.errors import Forbidden, Unreachable
 from kaito_core.kube.kinds import SECRETS, Object
 from kaito_core.models.presets import Reader, named_models, with_models
 from kaito_core.planning import catalogue
+from kaito_core.planning.names import unknown
 from kaito_core.planning.plan import BUILT_IN_CONFIGS, CONFIG_KEY, Catalog, Plan, Registry, plan, requirements
 from kaito_core.planning.serving import BUILT_IN_CONFIGS as BUILT_IN_SERVING
 from kaito_core.planning.serving import CONFIG_KEY as SERVING_KEY
 from kaito_core.planning.serving import ServingPlan, TemplatePlan, serving_after
 from kaito_core.plugins.guard import blamed_on
-from kaito_core.plugins.types import InferenceRuntime, NodeProvisioner, Offer, Preset, ProvisioningError, Tuner
+from kaito_core.plugins.types import (
+    InferenceRuntime,
+    NodeProvisioner,
+    Offer,
+    Preset,
+    ProvisioningError,
+    Requirements,
+    Tuner,
+)
 from kaito_core.problems import KaitoError, Problem, UserError
 from kaito_core.workloads.job import Secrets
 
@@ -86,9 +95,9 @@ def cluster_offers(workspace: Workspace, provisioners: Mapping[str, NodeProvisio
 def _unobtainable(name: str) -> Offer:
     known = catalogue.instance_types().get(name.lower())
     if known is None:
-        close = catalogue.close_matches(name)
-        meant = f"; did you mean {' or '.join(close)}?" if close else ""
-        return Offer(name, 0, 0, retired=f"no node of the cluster is one, and no catalogue knows it{meant}")
+        [problem] = unknown(Requirements(instance_types=(name,)), ())
+        hint = f"; {problem.remedy}" if problem.remedy else ""
+        return Offer(name, 0, 0, retired=f"no node of the cluster is one, and no catalogue knows it{hint}")
     package = catalogue.provisioner_package(known.cloud)
     how = f" (pip install {package} into the controller's image)" if package else ""
     retired = f"; {known.retired}" if known.retired else ""
@@ -157,7 +166,15 @@ class Planner:
         key = (obj["metadata"]["uid"], obj["metadata"].get("generation"), annotations, serving, version, offered.offers)
         planned = self._known.get(key)
         if planned is None:
-            catalog = Catalog(registry=self._registry, offers=offered.offers, config_maps=config_maps)
+            catalog = Catalog(
+                registry=self._registry,
+                offers=offered.offers,
+                config_maps=config_maps,
+                complete=not offered.failed,
+            )
+            for problem in unknown(requirements(workspace), offered.offers, complete=catalog.complete):
+                if problem.severity == "warning":
+                    log.warning("%s: %s", workspace.name, problem)
             planned = self._plan(workspace, catalog, serving=serving)
             self._known[key] = planned
             while len(self._known) > KEPT:

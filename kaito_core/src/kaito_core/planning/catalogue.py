@@ -7,7 +7,6 @@ are in `kaito_core.planning.prices`. What can really be had is for node provisio
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
 import importlib.resources
 import re
@@ -69,6 +68,11 @@ def share(gpu: Gpu) -> float:
     whole = _gpus().get(gpu.model)
     part = gpu.memory / (int(whole["usable_mib"]) * MIB) if whole else 1.0
     return part if part < 0.9 else 1.0
+
+
+def words(model: str) -> frozenset[str]:
+    """The words of a GPU's name, by which two names are compared: ``A100-SXM4-80GB`` has three."""
+    return frozenset(w for w in re.split(r"[^A-Z0-9]+", model.upper()) if w)
 
 
 @functools.cache
@@ -157,12 +161,6 @@ def _home(offer: Offer, table: PriceTable) -> str:
     if reference in sold or not sold:
         return reference if sold else ""
     return min(sold, key=lambda r: (sold[r], r))
-
-
-def close_matches(instance_type: str) -> list[str]:
-    """Known instance types that look like this one, for "did you mean"."""
-    known = instance_types()
-    return [known[m].instance_type for m in difflib.get_close_matches(instance_type.lower(), known, n=3, cutoff=0.6)]
 
 
 def provisioner_package(cloud: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -90,12 +89,8 @@ def mismatch(offer: Offer, wanted: Requirements) -> str:
 
 def is_model(gpu: Gpu, wanted: str) -> bool:
     """Whether every word that is asked for is in the model's name: ``A100`` is in ``A100-SXM4-80GB``, ``A10`` is not."""
-    has = _words(gpu.model)
-    return all(word in has or f"{word}GB" in has for word in _words(wanted))
-
-
-def _words(model: str) -> set[str]:
-    return {w for w in re.split(r"[^A-Z0-9]+", model.upper()) if w}
+    has = catalogue.words(gpu.model)
+    return all(word in has or f"{word}GB" in has for word in catalogue.words(wanted))
 
 
 def too_dear(offer: Offer, wanted: Requirements, max_cost: float | None, cost: float | None) -> str:

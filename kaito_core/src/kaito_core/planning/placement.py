@@ -6,9 +6,8 @@ not taken is decided here and in `kaito_core.planning.choice`.
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,13 +18,13 @@ from kaito_core.planning.choice import (
     gib,
     in_order,
     is_free,
-    is_model,
     mismatch,
     money,
     only_known,
     too_dear,
     unobtainable,
 )
+from kaito_core.planning.names import unknown_gpu
 from kaito_core.plugins.types import Offer, Requirements, ServingFit, TuningFit
 from kaito_core.problems import Problem
 
@@ -94,31 +93,41 @@ def candidates(
     instead = functools.cache(lambda cloud: _replacement(task, wanted, max_cost, cloud))
     considered = []
     for offer in offers:
-        fit = task.fit(offer)
-        cost = cost_of(offer, wanted.count, seconds_of(fit))
+        is_named = offer.instance_type.lower() in named
         if offer.is_local:
             why = "it is here, and costs nothing more"
-        elif offer.instance_type.lower() in named:
+        elif is_named:
             why = f"named in resource.instanceType{'s' if len(named) > 1 else ''}"
         else:
             why = "it can be had"
-        rejected = _rejection(offer, fit, wanted, max_cost, cost) or unobtainable(offer, installed)
-        if (
-            rejected
-            and offer.instance_type.lower() in named
-            and _is_retired(offer)
-            and (better := instead(offer.cloud))
-        ):
+        found = consider(task, offer, wanted, max_cost, why)
+        rejected = found.rejected or unobtainable(offer, installed)
+        # Of a machine that the user chose by its name, or by the labels of its nodes.
+        if (is_named or is_free(offer)) and _is_no_more(offer) and (better := instead(offer.cloud)):
             rejected += f"; the cheapest that fits instead is {better}"
-        considered.append(Candidate(offer, fit, why, rejected, cost))
+        considered.append(replace(found, rejected=rejected))
     return tuple(in_order(considered, wanted, by))
 
 
-def _rejection(offer: Offer, fit: Fit, wanted: Requirements, max_cost: float | None, cost: float | None) -> str:
-    reason = offer.retired or catalogue.obstacle(offer) or mismatch(offer, wanted)
+def consider(task: Task, offer: Offer, wanted: Requirements, max_cost: float | None, why: str = "") -> Candidate:
+    """How the task would run on this machine, and why it is not taken, whoever has the machine.
+
+    The only place that decides it: what a plan takes and what it recommends have both passed here."""
+    fit = task.fit(offer)
+    cost = cost_of(offer, wanted.count, seconds_of(fit))
+    reason = against(offer) or mismatch(offer, wanted)
     if not reason and not fit.fits:
         reason = why_not(fit)
-    return reason or too_dear(offer, wanted, max_cost, cost)
+    return Candidate(offer, fit, why, reason or too_dear(offer, wanted, max_cost, cost), cost)
+
+
+def against(offer: Offer) -> str:
+    """Why no change of the workspace makes such a machine one for kaito; empty when there may be one.
+
+    Whether the machine can be had now (a quota, a missing setting) is the last to be asked: to mend it would be in vain."""
+    known = catalogue.instance_types().get(offer.instance_type.lower())
+    ended = offer.retired if known is not None and known.retired and known.retired in offer.retired else ""
+    return ended or catalogue.obstacle(offer) or offer.retired
 
 
 def why_not(fit: Fit) -> str:
@@ -128,24 +137,23 @@ def why_not(fit: Fit) -> str:
     return f"needs {gib(fit.memory.total)}, has {gib(fit.capacity)}"
 
 
-def _is_retired(offer: Offer) -> bool:
-    """Whether its cloud gives it up. One that is there already goes on being used."""
+def _is_no_more(offer: Offer) -> bool:
+    """Whether no change of the task helps: the cloud gives the machine up, or the task cannot use it."""
     known = catalogue.instance_types().get(offer.instance_type.lower())
-    return not is_free(offer) and known is not None and bool(known.retired)
+    retired = not is_free(offer) and known is not None and bool(known.retired)
+    return retired or bool(catalogue.obstacle(offer))
 
 
 def _replacement(task: Task, wanted: Requirements, max_cost: float | None, cloud: str) -> str:
-    """The cheapest machine of that cloud that could take the job in place of one that can no longer be had."""
+    """The cheapest machine of that cloud that could take the job in place of one that cannot."""
     anything = replace(wanted, instance_types=())
-    found = []
-    for offer in catalogue.offers(cloud, wanted.regions, wanted.capacity_types):
-        fit = task.fit(offer)
-        cost = cost_of(offer, wanted.count, seconds_of(fit))
-        if offer.price and not _rejection(offer, fit, anything, max_cost, cost):
-            found.append(Candidate(offer, fit, "", "", cost))
-    if not found:
-        return ""
-    return _priced(in_order(found, anything, "cost")[0].offer)
+    considered = (
+        consider(task, offer, anything, max_cost)
+        for offer in catalogue.offers(cloud, wanted.regions, wanted.capacity_types)
+        if offer.price
+    )
+    found = in_order((c for c in considered if not c.rejected), anything, "cost")
+    return _priced(found[0].offer) if found else ""
 
 
 def _priced(offer: Offer) -> str:
@@ -161,10 +169,17 @@ SHOWN = 5
 """Reasons in a refusal; the rest is counted."""
 
 
-def refusal(task: Task, wanted: Requirements, considered: Iterable[Candidate]) -> Problem:
-    """Says that nothing fits, why, and the least that would have to change."""
+def refusal(
+    task: Task,
+    wanted: Requirements,
+    max_cost: float | None,
+    considered: Iterable[Candidate],
+    installed: Collection[str],
+) -> Problem:
+    """Says that nothing fits, why, and the least that would have to change. Each machine that a remedy names has passed `consider` as it
+    would be after the change: it is not refused in its turn."""
     tried = list(considered)
-    odd = _unheard_of(wanted)
+    odd = unknown_gpu(wanted)
     if not tried:
         return Problem(
             "no machine is known that could run this",
@@ -178,10 +193,10 @@ def refusal(task: Task, wanted: Requirements, considered: Iterable[Candidate]) -
     if len(told) > SHOWN:
         reasons += f"; and {len(told) - SHOWN} more"
     known = next((c for c in tried if only_known(c.rejected)), None)
-    dear = next((c.offer for c in tried if c.fit.fits and c.offer.price and _only_dear(c, wanted)), None)
-    smaller = _smallest_change(task, wanted, tried)
-    fits_somewhere = any(c.fit.fits and c.offer.provisioner for c in tried)
-    larger = "" if fits_somewhere or dear else _smallest_machine(task, tried[0].offer.cloud)
+    dear = _only_dear(task, wanted, tried)
+    smaller = _smallest_change(task, wanted, max_cost, tried)
+    fits_somewhere = any(c.fit.fits and c.offer.provisioner and not catalogue.obstacle(c.offer) for c in tried)
+    larger = "" if fits_somewhere or dear else _smallest_machine(task, wanted, max_cost, tried, installed)
     remedies = [
         odd,
         f"it fits {smaller}" if smaller else "",
@@ -195,53 +210,42 @@ def refusal(task: Task, wanted: Requirements, considered: Iterable[Candidate]) -
     return Problem(reasons, remedy, field="resource.instanceType")
 
 
-def _unheard_of(wanted: Requirements) -> str:
-    """A GPU or a region that is asked for and that no cloud has, as far as is known; most likely a slip of the pen."""
-    models = {o.gpu.model: o.gpu for o in catalogue.instance_types().values() if o.gpu}
-    if wanted.gpu_model and not any(is_model(gpu, wanted.gpu_model) for gpu in models.values()):
-        close = difflib.get_close_matches(wanted.gpu_model.upper(), models, n=2, cutoff=0.4)
-        meant = f"; did you mean {' or '.join(close)}?" if close else ""
-        return f"no known GPU is called {wanted.gpu_model}{meant} (kaito catalog lists them)"
-    for region in wanted.regions:
-        if not any(catalogue.is_region(cloud, region) for cloud in catalogue.CLOUDS):
-            close = difflib.get_close_matches(region, catalogue.known_regions(), n=2)
-            meant = f"; did you mean {' or '.join(close)}?" if close else ""
-            return f"no known region is called {region}{meant}"
-    return ""
+def _only_dear(task: Task, wanted: Requirements, tried: Iterable[Candidate]) -> Offer | None:
+    """The cheapest machine that a limit of cost alone keeps from being taken."""
+    unlimited = replace(wanted, max_price_per_hour=None)
+    priced = (c.offer for c in tried if c.offer.provisioner and c.offer.price)
+    found = [c for c in (consider(task, offer, unlimited, None) for offer in priced) if not c.rejected]
+    return in_order(found, unlimited, "cost")[0].offer if found else None
 
 
-def _only_dear(candidate: Candidate, wanted: Requirements) -> bool:
-    """Whether a limit of cost is all that keeps the machine from being taken."""
-    offer = candidate.offer
-    return not (offer.retired or not offer.provisioner or catalogue.obstacle(offer) or mismatch(offer, wanted))
-
-
-def _smallest_change(task: Task, wanted: Requirements, tried: Iterable[Candidate]) -> str:
+def _smallest_change(task: Task, wanted: Requirements, max_cost: float | None, tried: Iterable[Candidate]) -> str:
     """The least painful change with which it fits one of the machines that were considered and are too small."""
-    here = [
-        c.offer
-        for c in tried
-        if c.offer.provisioner and not c.offer.retired and not c.fit.fits and not mismatch(c.offer, wanted)
-    ]
+    here = [c.offer for c in tried if c.offer.provisioner and not c.fit.fits]
     for description, changed in task.smaller() if here else ():
         for offer in here:
-            fit = changed.fit(offer)
-            if fit.fits:
-                return f"{offer.instance_type} with {description}{_needs(fit)}"
+            found = consider(changed, offer, wanted, max_cost)
+            if not found.rejected:
+                return f"{offer.instance_type} with {description}{_needs(found.fit)}"
     return ""
 
 
-def _smallest_machine(task: Task, cloud: str) -> str:
-    """The known machine with the least GPU memory that fits, of the same cloud where one is known."""
+def _smallest_machine(
+    task: Task, wanted: Requirements, max_cost: float | None, tried: Sequence[Candidate], installed: Collection[str]
+) -> str:
+    """The known machine with the least GPU memory that would be taken if it were named, of the same cloud where one is known."""
+    anything = replace(wanted, instance_types=())
+    cloud = tried[0].offer.cloud
     known = [
-        m.offer
-        for m in catalogue.machines().values()
-        if not m.offer.retired and not m.obstacle and (not cloud or m.offer.cloud == cloud)
+        offer
+        for each in ([cloud] if cloud else catalogue.CLOUDS)
+        for offer in catalogue.offers(each, wanted.regions, wanted.capacity_types)
     ]
+    got = {c.offer.cloud for c in tried if c.offer.provisioner and not is_free(c.offer)}
     for offer in sorted(known, key=lambda o: (o.gpus * o.device_memory, o.cpus, o.instance_type)):
-        fit = task.fit(offer)
-        if fit.fits:
-            return f"{offer}{_needs(fit)}"
+        found = consider(task, offer, anything, max_cost)
+        if not found.rejected:
+            how = "" if offer.cloud in got else unobtainable(offer, installed)
+            return f"{offer}{_needs(found.fit)}" + (f": {how}" if how else "")
     return ""
 
 

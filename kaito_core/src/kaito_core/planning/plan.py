@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from kaito_core.planning import catalogue
 from kaito_core.planning.choice import By
 from kaito_core.planning.config_files import with_templates
-from kaito_core.planning.placement import Candidate, candidates, refusal, same_fit
+from kaito_core.planning.names import unknown
+from kaito_core.planning.placement import Candidate, Task, candidates, refusal, same_fit
 from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, InferenceRuntime, Offer, Preset, Requirements, Tuner, TuningFit
-from kaito_core.problems import Problem, UserError
+from kaito_core.problems import Problem, UserError, errors
 from kaito_core.workloads.job import DataInput, Secrets, TuningJob
 from kaito_core.workloads.serving import ServingJob
 from kaito_core.workloads.workload import Workload
@@ -61,6 +62,8 @@ class Catalog:
     """Folders on this machine that hold a preset's weights, by preset name."""
     installed: frozenset[str] = frozenset()
     """Names of the provisioners that are installed, whether they offer something here or not."""
+    complete: bool = True
+    """Whether every provisioner could say what it has. Else a name that no offer has may yet be one of theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,16 +261,14 @@ def _plan_tuning(workspace: Workspace, catalog: Catalog, by: By) -> TuningPlan:
         lambda: catalog.registry.tuner(tuning.method),
         lambda: _training_config(tuning.config, catalog),
     )
+    wanted, limit = requirements(workspace), workspace.resource.max_cost
     if preset is None or tuner is None or found:
-        raise UserError(found)
-    method, refused = tuning.method, None
+        raise UserError([*found, *misnamed(wanted, catalog)])
+    method = tuning.method
     with blamed_on(f"the tuner {tuner.name!r}"):
         config = tuner.resolve(preset, method, user)
         task = _Training(preset, tuner, method, config, catalog.data)
-        wanted, limit = requirements(workspace), workspace.resource.max_cost
-        considered = candidates(task, wanted, limit, catalog.offers, catalog.installed, by)
-        if all(c.rejected for c in considered):
-            refused = refusal(task, wanted, considered)
+        considered, refused = place(task, wanted, limit, catalog, by)
     return TuningPlan(
         workspace=workspace,
         candidates=considered,
@@ -280,6 +281,22 @@ def _plan_tuning(workspace: Workspace, catalog: Catalog, by: By) -> TuningPlan:
         data=catalog.data,
         model_folder=model_folder(workspace, preset, catalog),
     )
+
+
+def misnamed(wanted: Requirements, catalog: Catalog) -> list[Problem]:
+    """The names in ``resource`` that are slips of the pen."""
+    return errors(unknown(wanted, catalog.offers, complete=catalog.complete))
+
+
+def place(
+    task: Task, wanted: Requirements, max_cost: float | None, catalog: Catalog, by: By
+) -> tuple[tuple[Candidate, ...], Problem | None]:
+    """Where the task can run, and why it can run nowhere. UserError when a machine or a region is asked for that does not exist."""
+    if wrong := misnamed(wanted, catalog):
+        raise UserError(wrong)
+    considered = candidates(task, wanted, max_cost, catalog.offers, catalog.installed, by)
+    refused = all(c.rejected for c in considered)
+    return considered, refusal(task, wanted, max_cost, considered, catalog.installed) if refused else None
 
 
 def model_folder(workspace: Workspace, preset: Preset, catalog: Catalog) -> str:
@@ -355,13 +372,18 @@ class _Training:
     """A tuning and how it fits machines, as a `kaito_core.planning.placement.Task`."""
 
     def __init__(
-        self, preset: Preset, tuner: Tuner, method: str, config: Mapping[str, Any], data: DataFacts | None
+        self,
+        preset: Preset,
+        tuner: Tuner,
+        method: str,
+        config: Mapping[str, Any],
+        data: DataFacts | None,
     ) -> None:
         self.preset, self.tuner, self.method, self.config, self.data = preset, tuner, method, config, data
         self._fits: dict[Any, TuningFit] = {}
 
     def fit(self, offer: Offer) -> TuningFit:
-        gpu, key = offer.gpu, same_fit(offer)
+        gpu, key = offer.gpu, (*same_fit(offer), offer.is_local)
         known = self._fits.get(key)
         if known is None:
             known = self.tuner.fit(self.preset, self.method, self.config, offer, self.data)
@@ -375,4 +397,7 @@ class _Training:
 
     def smaller(self) -> Iterable[tuple[str, _Training]]:
         for change in self.tuner.smaller(self.preset, self.method, self.config):
-            yield change.description, _Training(self.preset, self.tuner, change.method, change.config, self.data)
+            yield (
+                change.description,
+                _Training(self.preset, self.tuner, change.method, change.config, self.data),
+            )

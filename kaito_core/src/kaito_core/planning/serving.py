@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from kaito_core.planning.choice import By
 from kaito_core.planning.config_files import with_templates
-from kaito_core.planning.placement import Candidate, candidates, refusal, same_fit, why_not
+from kaito_core.planning.placement import Candidate, same_fit, why_not
 from kaito_core.planning.plan import (
     Catalog,
     Plan,
     candidate_json,
     collect,
     is_default,
+    misnamed,
     model_folder,
     model_json,
+    place,
     read_config,
     requirements,
 )
@@ -267,8 +269,9 @@ def _plan_serving(
         lambda: _user_config(inference.config, catalog),
         lambda: _adapters(inference.adapters, tuned),
     )
+    wanted = requirements(workspace)
     if found:
-        raise UserError(found)
+        raise UserError([*found, *misnamed(wanted, catalog)])
     try:
         able, left_out = _able(preset, asked, user, adapters)
     except UserError as e:
@@ -276,13 +279,12 @@ def _plan_serving(
     named = workspace.metadata.annotations.get("kaito.sh/runtime", "").strip() != ""
     others = [r for n, r in catalog.registry.runtimes().items() if named and r not in asked and n not in left_out]
     task = _Serving(preset, able, adapters, workspace.resource.count, user, tuple(others))
-    wanted = requirements(workspace)
-    considered = candidates(task, wanted, None, catalog.offers, catalog.installed, by)
+    considered, refused = place(task, wanted, None, catalog, by)
     options = model.preset_options
     return ServingPlan(
         workspace=workspace,
         candidates=tuple(replace(c, runtime=task.runtime(c.offer)) for c in considered),
-        refusal=refusal(task, wanted, considered) if all(c.rejected for c in considered) else None,
+        refusal=refused,
         by=by,
         preset=preset,
         runtimes=able,
@@ -485,7 +487,10 @@ class _Serving:
             yield f"the runtime {runtime.name}", _Serving(self.preset, able, self.adapters, self.count)
         if self.user:
             able, _ = _able(self.preset, [c.runtime for c in self.able], None, self.adapters)
-            yield "the defaults in place of inference.config", _Serving(self.preset, able, self.adapters, self.count)
+            yield (
+                "the defaults in place of inference.config",
+                _Serving(self.preset, able, self.adapters, self.count),
+            )
         for count in (2, 4, 8):
             if count > self.count:
                 yield f"resource.count {count}", _Serving(self.preset, self.able, self.adapters, count)
@@ -496,8 +501,7 @@ class _Serving:
 
 def _plan_template(workspace: Workspace, template: Mapping[str, Any], catalog: Catalog, by: By) -> TemplatePlan:
     task, wanted = _Pods(_gpus(template)), requirements(workspace)
-    considered = candidates(task, wanted, None, catalog.offers, catalog.installed, by)
-    refused = refusal(task, wanted, considered) if all(c.rejected for c in considered) else None
+    considered, refused = place(task, wanted, None, catalog, by)
     return TemplatePlan(workspace=workspace, candidates=considered, refusal=refused, by=by)
 
 
