@@ -56,6 +56,9 @@ A10_LABELS = {
     "nvidia.com/gpu.compute.minor": "6",
 }
 """vLLM no longer knows the V100 of the quick start."""
+CAPABILITY = "7.0"
+"""The lowest compute capability that the images of the test are declared for: they compute on the CPU, beside the oldest GPU that a
+node here says it has."""
 MACHINE = "machine.test"
 """This machine, as pods call it."""
 CLASS = "test-disk"
@@ -350,6 +353,7 @@ def values(system: System) -> dict[str, Any]:
         "image": {
             "registry": f"{system.registry.host}/kaito",
             "controller": f"{system.registry.host}/kaito/my-controller:1",
+            "computeCapability": {"tuner": CAPABILITY},
             "pullSecrets": ["kaito-pull"],
         },
         "serving": {"images": system.runtime_images},

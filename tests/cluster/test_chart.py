@@ -112,7 +112,7 @@ def test_with_a_namespace_to_watch_there_are_no_rights_elsewhere() -> None:
 @needs_helm
 def test_every_flag_is_one_of_kaito_controller_s() -> None:
     settings = ["watchNamespace=a", "image.pullSecrets={s}", "checkpoints.storageClass=c", "podEnv.A=b", "env.C=d",
-                "serving.images.vllm=v", "serving.imageVolumes=false", "serving.modelCache.persistentVolumeClaim.claimName=m",
+                "image.computeCapability.tuner=7.0", "serving.images.vllm=v", "serving.imageVolumes=false", "serving.modelCache.persistentVolumeClaim.claimName=m",
                 "tenants.volumes={secret,hostPath}", "tenants.templates=any"]  # fmt: skip
     [deployment] = [o for o in rendered(*settings) if o["kind"] == "Deployment"]
     [container] = deployment["spec"]["template"]["spec"]["containers"]
@@ -124,6 +124,7 @@ def test_every_flag_is_one_of_kaito_controller_s() -> None:
     ip = {"fieldRef": {"fieldPath": "status.podIP"}}
     env = {e["name"]: e.get("value") or e["valueFrom"] for e in container["env"]}
     assert env == {"C": "d", "KAITO_POD_ENV": '{"A":"b"}', "POD_IP": ip}
+    assert "--compute-capability=tuner=7.0" in container["args"]
     assert '--model-cache={"persistentVolumeClaim":{"claimName":"m"}}' in container["args"]
     assert {"--allow-volume=secret", "--allow-volume=hostPath", "--allow-any-template"} <= set(container["args"])
 

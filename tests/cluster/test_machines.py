@@ -19,7 +19,7 @@ import pytest
 from kaito_core import __version__
 from kaito_core.api.crd import crd_yaml
 from kaito_core.testing.registry import free_port
-from tests.cluster.system import CLASS, CRDS, END_TO_END, PASSWORD, USER, System, training, values
+from tests.cluster.system import CAPABILITY, CLASS, CRDS, END_TO_END, PASSWORD, USER, System, training, values
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def controller(system: System, folder: Path, **environment: str) -> Iterator[Non
     own = {k: str(v) for k, v in values(system)["podEnv"].items()}
     command = [sys.executable, "-m", "kaito_core", "controller", "--no-leader-election",
                "--tuner-image", f"{system.registry.host}/kaito/kaito-tuner:{__version__}", "--image-pull-secret", "kaito-pull",
+               "--compute-capability", f"tuner={CAPABILITY}",
                "--checkpoint-storage-class", CLASS, "--metrics-address", "127.0.0.1:0", "--health-address", "127.0.0.1:0"]  # fmt: skip
     env = {**os.environ, "KUBECONFIG": str(system.cluster.kubeconfig), "KAITO_POD_ENV": json.dumps(own),
            "PYTHONPATH": str(_plugin(folder)), **environment}  # fmt: skip

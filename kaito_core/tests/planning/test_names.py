@@ -87,10 +87,11 @@ def test_an_unknown_machine_that_is_nearly_a_known_one_is_an_error() -> None:
 
 
 def test_what_cannot_be_used_is_not_proposed() -> None:
-    """An AMD card, and one that the cloud gives up."""
+    """An AMD card, a V100 that the cloud gives up, and one that it does not."""
     for name, why in {
         "Standard_NG8ads_V620_v2": "AMD",
         "Standard_NC6s_v33": "2025-09-30",
+        "Standard_ND40rs_v22": "compute capability 7.0",
     }.items():
         (said,) = problems(f"{{instanceType: {name}}}")
         assert "cannot be used: " in said

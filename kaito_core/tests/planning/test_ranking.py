@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kaito_core.api import Workspace, load_text
 from kaito_core.planning import catalogue
 from kaito_core.planning.choice import By, is_free
+from kaito_core.planning.images import Images
 from kaito_core.planning.plan import Catalog, Plan, plan, requirements
 from kaito_core.plugins import Gpu, Offer, Price, TuningFit
 from kaito_core.testing.planning import GIB, OneOfEach, Sized
@@ -63,8 +64,8 @@ tuning:
     return documents.workspaces[0]
 
 
-def planned(*offers: Offer, resource: str = "{}", by: By = "cost") -> Plan:
-    return plan(workspace(resource), Catalog(Registry(), offers), by)
+def planned(*offers: Offer, resource: str = "{}", by: By = "cost", images: Images | None = None) -> Plan:
+    return plan(workspace(resource), Catalog(Registry(), offers, images=images or Images()), by)
 
 
 def names(made: Plan) -> list[str]:
@@ -233,7 +234,7 @@ def test_a_slip_of_the_pen_in_a_gpu_is_seen() -> None:
 def test_a_retired_machine_that_is_there_is_used() -> None:
     v100 = catalogue.instance_types()["standard_nc6s_v3"]
     there = replace(v100, retired="", provisioner="existing")
-    made = planned(there, resource="{instanceType: Standard_NC6s_v3}")
+    made = planned(there, resource="{instanceType: Standard_NC6s_v3}", images=Images(tuner=(7, 0)))
     assert names(made) == ["Standard_NC6s_v3"]
 
 

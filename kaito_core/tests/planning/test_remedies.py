@@ -12,6 +12,7 @@ import pytest
 
 from kaito_core.api import load_text
 from kaito_core.planning import catalogue
+from kaito_core.planning.images import Images
 from kaito_core.planning.plan import Catalog, Plan, plan
 from kaito_core.plugins import InferenceRuntime, Offer
 from kaito_core.plugins.types import CapacityType
@@ -80,7 +81,7 @@ def planned(resource: Mapping[str, Any], gib: int, task: str, cloud: Cloud, *mor
         "inference_config.yaml": json.dumps({"vllm": {"gib": gib}}),
     }
     offers = (*more, *cloud.offers(resource))
-    return plan(workspace, Catalog(Registry(), offers, {"settings": text}))
+    return plan(workspace, Catalog(Registry(), offers, {"settings": text}, images=Images(runtimes={"vllm": (7, 5)})))
 
 
 def follow(made: Plan, resource: dict[str, Any], gib: int, task: str, cloud: Cloud) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kaito_core.cli.given import Given, registry_of
 from kaito_core.local.home import model_folders
+from kaito_core.local.machine import images
 from kaito_core.local.paths import anchored
 from kaito_core.local.state import RunFolder
 from kaito_core.planning.plan import Catalog, TuningPlan
@@ -33,6 +34,7 @@ def afterwards(given: Given, tuning: TuningPlan, plugins: PluginManager, *, here
         config_maps=given.config_maps,
         model_folders={**model_folders(), **known.folders} if here else {},
         installed=frozenset(plugins.provisioners()),
+        images=images(c.offer for c in tuning.candidates),
     )
     try:
         planned = serving_after(workspace, catalog, adapter, tuning.by)

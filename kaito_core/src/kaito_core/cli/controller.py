@@ -86,6 +86,9 @@ def _volume_source(text: str) -> dict[str, object]:
               help="What becomes of a tuned model where its Workspace does not say.")  # fmt: skip
 @click.option("--runtime-image", "runtime_images", multiple=True, metavar="RUNTIME=IMAGE", envvar="KAITO_RUNTIME_IMAGE",
               help="Image of the pods that serve with this runtime (transformers is in the one that tunes); may be repeated.")  # fmt: skip
+@click.option("--compute-capability", "capabilities", multiple=True, metavar="IMAGE=MAJOR.MINOR", envvar="KAITO_COMPUTE_CAPABILITY",
+              help="Lowest compute capability of NVIDIA's GPUs that an image of your own can use: tuner=7.5, or a runtime's "
+              "name; may be repeated.")  # fmt: skip
 @click.option("--model-cache", default="", metavar="JSON", envvar="KAITO_MODEL_CACHE",
               help="A Kubernetes volume source that keeps the files of models for all endpoints.")  # fmt: skip
 @click.option("--allow-volume", "allowed_volumes", multiple=True, metavar="KIND", envvar="KAITO_ALLOW_VOLUME",
@@ -121,6 +124,7 @@ def command(
     checkpoint_size: str,
     serve_after_tuning: str,
     runtime_images: tuple[str, ...],
+    capabilities: tuple[str, ...],
     model_cache: str,
     allowed_volumes: tuple[str, ...],
     allow_any_template: bool,
@@ -147,6 +151,7 @@ def command(
     from kaito_core.controller.workspaces import WorkspaceController
     from kaito_core.kube.client import connect
     from kaito_core.kube.leader import Election
+    from kaito_core.planning.images import declared
     from kaito_core.plugins.manager import load_plugins
 
     settings = Settings(
@@ -157,6 +162,7 @@ def command(
         pod_env=_pod_env(pod_env),
         serve_after_tuning=serve_after_tuning,
         runtime_images=_pairs("--runtime-image", runtime_images),
+        images=declared(_pairs("--compute-capability", capabilities)),
         model_cache=_volume_source(model_cache),
         pod_security=PodSecurity(frozenset(allowed_volumes), allow_any_template),
         image_volumes=not no_image_volumes,

@@ -12,6 +12,7 @@ import click
 
 from kaito_core.addresses import private_addresses_allowed
 from kaito_core.local.home import cache_folder, model_folders
+from kaito_core.local.machine import images
 from kaito_core.local.paths import anchored, local_folder
 from kaito_core.planning import catalogue
 from kaito_core.planning.names import unknown
@@ -189,6 +190,7 @@ def _from_here(given: Given, plugins: PluginManager, *, local: bool, by: By) -> 
         config_maps=given.config_maps,
         model_folders={**model_folders(), **known.folders},
         installed=frozenset(plugins.provisioners()),
+        images=images(offers),
         complete=complete,
     )
     _warn_of_names(given, offers, complete=complete)
@@ -218,11 +220,11 @@ def _for_cluster(given: Given, plugins: PluginManager, cluster: Client, by: By) 
     offered = cluster_offers(workspace, provisioners)
     for problem in offered.failed.values():
         click.echo(f"warning: {problem.message}", err=True)
-    known = as_the_controller(registry_of(given, plugins, cluster=True), cluster)
+    known, able = as_the_controller(registry_of(given, plugins, cluster=True), cluster)
     complete = not offered.failed
     _warn_of_names(given, offered.offers, complete=complete)
     maps = config_maps(given, cluster)
-    planned = plan(workspace, Catalog(known, offered.offers, maps, complete=complete), by)
+    planned = plan(workspace, Catalog(known, offered.offers, maps, images=able, complete=complete), by)
     if planned.refusal and all(c.offer.retired for c in planned.candidates):
         why = Planner(cluster, plugins, provisioners)._no_node(planned, planned.refusal)
         return replace(planned, refusal=why)

@@ -22,6 +22,7 @@ from kaito_core.kube.errors import Forbidden, Unreachable
 from kaito_core.kube.kinds import SECRETS, Object
 from kaito_core.models.presets import Reader, named_models, with_models
 from kaito_core.planning import catalogue
+from kaito_core.planning.images import Images
 from kaito_core.planning.names import unknown
 from kaito_core.planning.plan import BUILT_IN_CONFIGS, CONFIG_KEY, Catalog, Plan, Registry, plan, requirements
 from kaito_core.planning.serving import BUILT_IN_CONFIGS as BUILT_IN_SERVING
@@ -129,14 +130,16 @@ class Planner:
         client: Client,
         plugins: PluginManager,
         provisioners: Mapping[str, NodeProvisioner],
-        images: Collection[str] | None = None,
+        runtimes: Collection[str] | None = None,
         configs: Configs | None = None,
+        images: Images | None = None,
     ) -> None:
-        """``images`` are the runtimes that there is an image for; None: all of them."""
+        """``runtimes`` are those that there is an image for; None: all of them. ``images``: which GPUs the images can compute on."""
         self._client = client
         self._configs = configs or Configs(client)
         self._plugins = plugins
-        self._registry: Registry = plugins if images is None else WithImages(plugins, images)
+        self._registry: Registry = plugins if runtimes is None else WithImages(plugins, runtimes)
+        self._images = images or Images()
         self._provisioners = provisioners
         self._known: OrderedDict[Any, Planned] = OrderedDict()
         self._not_allowed: set[str] = set()
@@ -170,6 +173,7 @@ class Planner:
                 registry=self._registry,
                 offers=offered.offers,
                 config_maps=config_maps,
+                images=self._images,
                 complete=not offered.failed,
             )
             for problem in unknown(requirements(workspace), offered.offers, complete=catalog.complete):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kaito_core.api.pod_security import PodSecurity
+from kaito_core.planning.images import Images
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Settings:
     """What becomes of a tuned model where its Workspace does not say: ``onDemand``, ``always`` or ``never``."""
     runtime_images: Mapping[str, str] = field(default_factory=dict)
     """The image of the pods that serve, by runtime. ``transformers`` is in `tuner_image`; another runtime is not used without one."""
+    images: Images = field(default_factory=Images)
+    """Which GPUs these images can compute on."""
     model_cache: Mapping[str, Any] = field(default_factory=dict)
     """A Kubernetes volume source that keeps the files of models, by content, for all endpoints; empty: each pod fetches its own."""
     pod_security: PodSecurity = field(default_factory=PodSecurity)

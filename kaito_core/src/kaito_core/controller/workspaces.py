@@ -132,8 +132,8 @@ class WorkspaceController:
             self._optional += caches.values()
             provisioner.attach(ClusterView(client, {NODES: self._nodes, **caches}))
         self._configs = Configs(client)
-        images = {"transformers", *settings.runtime_images}
-        self._planner = Planner(client, plugins, self._provisioners, images, self._configs)
+        runtimes = {"transformers", *settings.runtime_images}
+        self._planner = Planner(client, plugins, self._provisioners, runtimes, self._configs, settings.images)
         self._recorder = Recorder(client, "kaito-controller")
         self._owned = OwnedObjects(client, self._seen)
         self._name_conflicts = NameConflicts(self._owned)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from kaito_core.planning.images import TORCH, Capability, Images
 from kaito_core.plugins.types import Gpu, NodeProvisioner, NodeRequest, NodeStatus, Offer, Requirements
 
 MIB = 1 << 20
@@ -65,6 +70,31 @@ def gpus() -> list[Gpu]:
         except ValueError:
             continue
     return found
+
+
+def images(offers: Iterable[Offer]) -> Images:
+    """What computes where this machine is among the offers: the PyTorch that is installed here. It is only asked where a GPU is so old
+    that it matters, since that takes seconds."""
+    usual = Images()
+    here = next((o for o in offers if o.is_local and usual.tuning(o).obstacle(o)), None)
+    return replace(usual, local=_lowest_of_torch()) if here else usual
+
+
+def _lowest_of_torch() -> Capability | None:
+    """The lowest compute capability that the installed PyTorch has kernels for; as the newest has it where none is installed, None
+    where it does not say."""
+    if importlib.util.find_spec("torch") is None:
+        return TORCH
+    program = "import torch; print(*torch.cuda.get_arch_list())"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # sm_75, sm_90a: kernels of an architecture. compute_90 is code that is compiled for newer ones.
+    found = [int(n) for n in re.findall(r"\bsm_(\d+)", answer)]
+    return divmod(min(found), 10) if found else None
 
 
 def offer() -> Offer:

@@ -76,6 +76,26 @@ def words(model: str) -> frozenset[str]:
 
 
 @functools.cache
+def models() -> tuple[Gpu, ...]:
+    """Every known GPU, as a whole one."""
+    return tuple(
+        Gpu(row["gpu"], int(row["usable_mib"]) * MIB, _capability(row["compute_capability"]), row["vendor"])
+        for row in _gpus().values()
+    )
+
+
+def models_like(name: str) -> tuple[Gpu, ...]:
+    """The known GPUs that a name in the words of a driver or a person means, whatever their memory: ``Tesla-V100-PCIE-16GB``."""
+    has = words(name)
+    return tuple(gpu for gpu in models() if _named(gpu.model) <= has)
+
+
+def _named(model: str) -> frozenset[str]:
+    """A model's words without the size of its memory."""
+    return frozenset(w for w in words(model) if not re.fullmatch(r"\d+GB", w))
+
+
+@functools.cache
 def machines() -> Mapping[str, Machine]:
     """Every known GPU machine by lower-case name."""
     kinds = _gpus()

@@ -64,6 +64,9 @@ class Task(Protocol):
 
     def fit(self, offer: Offer) -> Fit: ...
 
+    def obstacle(self, offer: Offer) -> str:
+        """Why what computes there cannot use the machine's GPUs, however much memory they have; empty when it can."""
+
     def smaller(self) -> Iterable[tuple[str, Task]]:
         """The same with less memory, in words that follow "it fits MACHINE with …", the least painful change first."""
 
@@ -103,7 +106,7 @@ def candidates(
         found = consider(task, offer, wanted, max_cost, why)
         rejected = found.rejected or unobtainable(offer, installed)
         # Of a machine that the user chose by its name, or by the labels of its nodes.
-        if (is_named or is_free(offer)) and _is_no_more(offer) and (better := instead(offer.cloud)):
+        if (is_named or is_free(offer)) and _is_no_more(task, offer) and (better := instead(offer.cloud)):
             rejected += f"; the cheapest that fits instead is {better}"
         considered.append(replace(found, rejected=rejected))
     return tuple(in_order(considered, wanted, by))
@@ -115,19 +118,24 @@ def consider(task: Task, offer: Offer, wanted: Requirements, max_cost: float | N
     The only place that decides it: what a plan takes and what it recommends have both passed here."""
     fit = task.fit(offer)
     cost = cost_of(offer, wanted.count, seconds_of(fit))
-    reason = against(offer) or mismatch(offer, wanted)
+    reason = against(task, offer) or mismatch(offer, wanted)
     if not reason and not fit.fits:
         reason = why_not(fit)
     return Candidate(offer, fit, why, reason or too_dear(offer, wanted, max_cost, cost), cost)
 
 
-def against(offer: Offer) -> str:
-    """Why no change of the workspace makes such a machine one for kaito; empty when there may be one.
+def cannot_use(task: Task, offer: Offer) -> str:
+    """Why the task cannot run on such a machine at all, whatever its memory and its price; empty when it can."""
+    return catalogue.obstacle(offer) or task.obstacle(offer)
+
+
+def against(task: Task, offer: Offer) -> str:
+    """Why no change of the workspace makes such a machine one for this task; empty when there may be one.
 
     Whether the machine can be had now (a quota, a missing setting) is the last to be asked: to mend it would be in vain."""
     known = catalogue.instance_types().get(offer.instance_type.lower())
     ended = offer.retired if known is not None and known.retired and known.retired in offer.retired else ""
-    return ended or catalogue.obstacle(offer) or offer.retired
+    return ended or cannot_use(task, offer) or offer.retired
 
 
 def why_not(fit: Fit) -> str:
@@ -137,11 +145,11 @@ def why_not(fit: Fit) -> str:
     return f"needs {gib(fit.memory.total)}, has {gib(fit.capacity)}"
 
 
-def _is_no_more(offer: Offer) -> bool:
+def _is_no_more(task: Task, offer: Offer) -> bool:
     """Whether no change of the task helps: the cloud gives the machine up, or the task cannot use it."""
     known = catalogue.instance_types().get(offer.instance_type.lower())
     retired = not is_free(offer) and known is not None and bool(known.retired)
-    return retired or bool(catalogue.obstacle(offer))
+    return retired or bool(cannot_use(task, offer))
 
 
 def _replacement(task: Task, wanted: Requirements, max_cost: float | None, cloud: str) -> str:
@@ -195,7 +203,7 @@ def refusal(
     known = next((c for c in tried if only_known(c.rejected)), None)
     dear = _only_dear(task, wanted, tried)
     smaller = _smallest_change(task, wanted, max_cost, tried)
-    fits_somewhere = any(c.fit.fits and c.offer.provisioner and not catalogue.obstacle(c.offer) for c in tried)
+    fits_somewhere = any(c.fit.fits and c.offer.provisioner and not cannot_use(task, c.offer) for c in tried)
     larger = "" if fits_somewhere or dear else _smallest_machine(task, wanted, max_cost, tried, installed)
     remedies = [
         odd,

@@ -11,13 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kaito_core.planning import catalogue
 from kaito_core.planning.choice import By
 from kaito_core.planning.config_files import with_templates
+from kaito_core.planning.images import Images
 from kaito_core.planning.names import unknown
-from kaito_core.planning.placement import Candidate, Task, candidates, refusal, same_fit
+from kaito_core.planning.placement import Candidate, Task, against, candidates, refusal, same_fit
 from kaito_core.plugins.guard import blamed_on
 from kaito_core.plugins.types import DataFacts, InferenceRuntime, Offer, Preset, Requirements, Tuner, TuningFit
 from kaito_core.problems import Problem, UserError, errors
@@ -62,6 +64,8 @@ class Catalog:
     """Folders on this machine that hold a preset's weights, by preset name."""
     installed: frozenset[str] = frozenset()
     """Names of the provisioners that are installed, whether they offer something here or not."""
+    images: Images = field(default_factory=Images)
+    """Which GPUs the images that the plan is made for can compute on."""
     complete: bool = True
     """Whether every provisioner could say what it has. Else a name that no offer has may yet be one of theirs."""
 
@@ -267,7 +271,7 @@ def _plan_tuning(workspace: Workspace, catalog: Catalog, by: By) -> TuningPlan:
     method = tuning.method
     with blamed_on(f"the tuner {tuner.name!r}"):
         config = tuner.resolve(preset, method, user)
-        task = _Training(preset, tuner, method, config, catalog.data)
+        task = _Training(preset, tuner, method, config, catalog.data, catalog.images)
         considered, refused = place(task, wanted, limit, catalog, by)
     return TuningPlan(
         workspace=workspace,
@@ -283,16 +287,18 @@ def _plan_tuning(workspace: Workspace, catalog: Catalog, by: By) -> TuningPlan:
     )
 
 
-def misnamed(wanted: Requirements, catalog: Catalog) -> list[Problem]:
-    """The names in ``resource`` that are slips of the pen."""
-    return errors(unknown(wanted, catalog.offers, complete=catalog.complete))
+def misnamed(wanted: Requirements, catalog: Catalog, task: Task | None = None) -> list[Problem]:
+    """The names in ``resource`` that are slips of the pen. With a task, what it cannot use is not proposed."""
+    if task is None:
+        return errors(unknown(wanted, catalog.offers, complete=catalog.complete))
+    return errors(unknown(wanted, catalog.offers, partial(against, task), complete=catalog.complete))
 
 
 def place(
     task: Task, wanted: Requirements, max_cost: float | None, catalog: Catalog, by: By
 ) -> tuple[tuple[Candidate, ...], Problem | None]:
     """Where the task can run, and why it can run nowhere. UserError when a machine or a region is asked for that does not exist."""
-    if wrong := misnamed(wanted, catalog):
+    if wrong := misnamed(wanted, catalog, task):
         raise UserError(wrong)
     considered = candidates(task, wanted, max_cost, catalog.offers, catalog.installed, by)
     refused = all(c.rejected for c in considered)
@@ -378,9 +384,14 @@ class _Training:
         method: str,
         config: Mapping[str, Any],
         data: DataFacts | None,
+        images: Images,
     ) -> None:
         self.preset, self.tuner, self.method, self.config, self.data = preset, tuner, method, config, data
+        self.images = images
         self._fits: dict[Any, TuningFit] = {}
+
+    def obstacle(self, offer: Offer) -> str:
+        return self.images.tuning(offer).obstacle(offer)
 
     def fit(self, offer: Offer) -> TuningFit:
         gpu, key = offer.gpu, (*same_fit(offer), offer.is_local)
@@ -392,6 +403,8 @@ class _Training:
                 # A slice of a GPU has its share of the memory and of the speed; tuners know whole ones.
                 note = f"a slice of a {gpu.model if gpu else 'GPU'}: the time is that of the whole one by its share"
                 known = replace(known, seconds=known.seconds / part, notes=(*known.notes, note))
+            if doubt := self.images.tuning(offer).doubt(offer):
+                known = replace(known, notes=(*known.notes, doubt))
             self._fits[key] = known
         return known
 
@@ -399,5 +412,5 @@ class _Training:
         for change in self.tuner.smaller(self.preset, self.method, self.config):
             yield (
                 change.description,
-                _Training(self.preset, self.tuner, change.method, change.config, self.data),
+                _Training(self.preset, self.tuner, change.method, change.config, self.data, self.images),
             )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kaito_core.planning.choice import By
 from kaito_core.planning.config_files import with_templates
+from kaito_core.planning.images import Images
 from kaito_core.planning.placement import Candidate, same_fit, why_not
 from kaito_core.planning.plan import (
     Catalog,
@@ -278,7 +279,7 @@ def _plan_serving(
         raise UserError([_without_tuned(p, len(tuned)) for p in e.problems]) from e
     named = workspace.metadata.annotations.get("kaito.sh/runtime", "").strip() != ""
     others = [r for n, r in catalog.registry.runtimes().items() if named and r not in asked and n not in left_out]
-    task = _Serving(preset, able, adapters, workspace.resource.count, user, tuple(others))
+    task = _Serving(preset, able, adapters, workspace.resource.count, catalog.images, user, tuple(others))
     considered, refused = place(task, wanted, None, catalog, by)
     options = model.preset_options
     return ServingPlan(
@@ -432,15 +433,19 @@ class _Serving:
         able: tuple[Configured, ...],
         adapters: tuple[ServedAdapter, ...],
         count: int,
+        images: Images,
         user: Mapping[str, Any] | None = None,
         others: tuple[InferenceRuntime, ...] = (),
     ) -> None:
-        self.preset, self.able, self.adapters, self.count = preset, able, adapters, count
+        self.preset, self.able, self.adapters, self.count, self.images = preset, able, adapters, count, images
         self.user, self.others = user, others
         self._fits: dict[Any, tuple[str, ServingFit]] = {}
 
     def fit(self, offer: Offer) -> ServingFit:
         return self._on(offer)[1]
+
+    def obstacle(self, offer: Offer) -> str:
+        return self.images.serving(self.runtime(offer), offer).obstacle(offer)
 
     def runtime(self, offer: Offer) -> str:
         """The name of the runtime that serves it there."""
@@ -455,17 +460,21 @@ class _Serving:
 
     def _first(self, offer: Offer) -> tuple[str, ServingFit]:
         passed: list[str] = []
-        tried: list[tuple[str, ServingFit]] = []
+        tried: list[tuple[bool, str, ServingFit]] = []
         for option in self._order(offer, passed):
             name = option.runtime.name
             with blamed_on(f"the runtime {name!r}"):
                 count = 1 if offer.is_local else self.count
                 fit = option.runtime.fit(self.preset, option.config, offer, count, self.adapters)
-            if fit.fits:
-                return name, replace(fit, notes=(*fit.notes, *passed))
-            passed.append(f"{name} does not fit there: {why_not(fit)}")
-            tried.append((name, fit))
-        return min(tried, key=lambda t: t[1].memory.total - t[1].capacity)
+            image = self.images.serving(name, offer)
+            obstacle, doubt = image.obstacle(offer), image.doubt(offer)
+            if fit.fits and not obstacle:
+                return name, replace(fit, notes=(*fit.notes, *passed, *([doubt] if doubt else [])))
+            passed.append(
+                f"{name} cannot run there: {obstacle}" if obstacle else f"{name} does not fit there: {why_not(fit)}"
+            )
+            tried.append((bool(obstacle), name, fit))
+        return min(tried, key=lambda t: (t[0], t[2].memory.total - t[2].capacity))[1:]
 
     def _order(self, offer: Offer, passed: list[str]) -> list[Configured]:
         """What is not installed completely on this machine comes last there."""
@@ -484,16 +493,16 @@ class _Serving:
                 able, _ = _able(self.preset, [runtime], self.user, self.adapters)
             except UserError:
                 continue
-            yield f"the runtime {runtime.name}", _Serving(self.preset, able, self.adapters, self.count)
+            yield f"the runtime {runtime.name}", _Serving(self.preset, able, self.adapters, self.count, self.images)
         if self.user:
             able, _ = _able(self.preset, [c.runtime for c in self.able], None, self.adapters)
             yield (
                 "the defaults in place of inference.config",
-                _Serving(self.preset, able, self.adapters, self.count),
+                _Serving(self.preset, able, self.adapters, self.count, self.images),
             )
         for count in (2, 4, 8):
             if count > self.count:
-                yield f"resource.count {count}", _Serving(self.preset, self.able, self.adapters, count)
+                yield f"resource.count {count}", _Serving(self.preset, self.able, self.adapters, count, self.images)
 
 
 # --- a pod template
@@ -531,6 +540,9 @@ class _Pods:
             return ServingFit(configuration, MemoryEstimate(()), offer.device_memory)
         note = f"has {has} GPU{'s' if has != 1 else ''}, and the template asks for {self.gpus}"
         return ServingFit(configuration, MemoryEstimate((MemoryItem("pods", 1),)), 0, notes=(note,))
+
+    def obstacle(self, offer: Offer) -> str:
+        return ""  # the image is the user's own
 
     def smaller(self) -> Iterable[tuple[str, _Pods]]:
         return ()

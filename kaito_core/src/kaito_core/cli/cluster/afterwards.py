@@ -21,8 +21,8 @@ def afterwards(given: Given, tuning: TuningPlan, plugins: PluginManager, client:
 
     Raises `UserError` with every problem and its place in the file."""
     offers = tuple(c.offer for c in tuning.candidates)
-    known = as_the_controller(registry_of(given, plugins, cluster=True), client)
-    catalog = Catalog(known, offers, config_maps(given, client))
+    known, images = as_the_controller(registry_of(given, plugins, cluster=True), client)
+    catalog = Catalog(known, offers, config_maps(given, client), images=images)
     try:
         planned = serving_after(given.workspace, catalog, by=tuning.by)
         wrong = [p for p in plugins.validate(given.workspace, planned) if p.severity == "error"]

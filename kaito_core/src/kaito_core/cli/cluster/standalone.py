@@ -25,8 +25,9 @@ DRAIN = 10.0
 def settings(tuner_image: str) -> Settings:
     """What ``kaito controller`` takes from its environment, for those who need more than an image. UserError without one."""
     from kaito_core.api.pod_security import PodSecurity
-    from kaito_core.cli.controller import _pod_env
+    from kaito_core.cli.controller import _pairs, _pod_env
     from kaito_core.controller.settings import Settings
+    from kaito_core.planning.images import declared
 
     if not tuner_image:
         raise UserError(
@@ -43,6 +44,9 @@ def settings(tuner_image: str) -> Settings:
         pod_security=PodSecurity(
             frozenset(os.environ.get("KAITO_ALLOW_VOLUME", "").split()),
             os.environ.get("KAITO_ALLOW_ANY_TEMPLATE", "").lower() in ("1", "true"),
+        ),
+        images=declared(
+            _pairs("KAITO_COMPUTE_CAPABILITY", tuple(os.environ.get("KAITO_COMPUTE_CAPABILITY", "").split()))
         ),
     )
 
