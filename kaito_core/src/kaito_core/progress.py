@@ -13,7 +13,7 @@ step        step, steps, loss, tokens_per_second, seconds_left (an estimate), an
 eval        step, loss
 checkpoint  step, path
 finished    whatever the stage found out (adapter, metrics, digest …)
-failed      message, remedy, exit_code
+failed      message, remedy, exit_code; of several processes the first one that says it has the cause
 =========== ==========================================================================================================
 """
 
@@ -60,13 +60,21 @@ class Progress:
 
 
 class Silent(Progress):
-    """For every process but the first of a stage that has several: one of them speaks for all."""
+    """For every process but the first of a stage that has several: one of them speaks for all, and each for its own failure."""
 
     def emit(self, event: str, **fields: Any) -> None:
-        pass
+        if event == "failed":
+            super().emit(event, **fields)
 
     def message(self, text: str) -> None:
         pass
+
+
+def ending(last: Mapping[str, Any], event: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The event that says how a stage has ended, after one more of its events; ``last`` is what it was before.
+
+    Of several processes the first that fails has the cause; the others fail because of it."""
+    return event if event["event"] in ("finished", "failed") and last.get("event") != "failed" else last
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

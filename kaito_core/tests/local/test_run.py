@@ -90,6 +90,12 @@ def test_a_failed_stage_fails_the_run_in_its_own_words_and_the_next_run_goes_on_
     assert [(e["event"], e["stage"]) for e in events] == [("skipped", "a"), ("finished", "b")]
 
 
+def test_of_several_processes_the_first_that_fails_has_the_cause(folder: RunFolder) -> None:
+    failing = "p.emit('failed', message='out of memory'); p.emit('failed', message='the other is gone'); sys.exit(1)"
+    with pytest.raises(Failure, match="out of memory"):
+        go(folder, workload(stage("a", failing)))
+
+
 def test_a_stage_that_dies_without_a_word_is_told_with_the_end_of_its_log(folder: RunFolder) -> None:
     with pytest.raises(Failure, match="the last words"):
         go(folder, workload(stage("a", "print('the last words', flush=True); os._exit(3)")))

@@ -212,6 +212,18 @@ def test_sigterm_reaches_the_stage_once_and_the_pod_waits_for_its_checkpoint(pod
     assert pod.ran == ["train"]
 
 
+def test_of_several_processes_the_first_that_fails_has_the_cause(pod: Pod) -> None:
+    """The others lose it, and fail because of it. Each writes its own failure; the rest is said by the first process alone."""
+    second = (
+        "from kaito_core.progress import Silent; s = Silent(p.path, p.stage); s.message('not heard'); "
+        "s.emit('failed', message='out of memory', exit_code=1); p.emit('failed', message='the other is gone', exit_code=1); sys.exit(1)"
+    )
+    ended = pod.run(stage("train", second))
+    assert ended.code == 1
+    assert ended.said["message"] == "out of memory"
+    assert "not heard" not in ended.log
+
+
 def test_a_stage_that_ends_well_in_spite_of_sigterm_is_done(pod: Pod) -> None:
     handler = "signal.signal(15, lambda *_: None); (r / 'ready').touch(); signal.pause(); p.emit('finished')"
     process = pod.start(stage("train", handler), stage("push"))

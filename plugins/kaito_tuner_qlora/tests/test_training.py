@@ -263,20 +263,6 @@ def test_an_adapter_that_is_not_one_is_refused(make_job: Any, make_run: Any, wei
         load_adapter(fresh_base(), folder)
 
 
-def test_only_the_first_of_several_processes_writes(make_job: Any, make_run: Any) -> None:
-    """KAITO defect 12: there every process saves. Two processes train as one with twice the rows does."""
-    alone = make_run(make_job(micro_batch=2, TrainingArguments={"max_steps": 3, "eval_strategy": "no"}), "alone")
-    both = make_run(
-        make_job(micro_batch=1, processes=2, TrainingArguments={"max_steps": 3, "eval_strategy": "no"}), "both"
-    )
-    train(alone)
-    process = both.start()
-    out, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, out
-    assert len(both.events("finished")) == len(both.events("started")) == 1
-    assert_same_adapter(adapter(alone), adapter(both))
-
-
 def test_what_can_be_foreseen_ends_without_a_traceback(make_job: Any, make_run: Any, tmp_path: Path) -> None:
     run = make_run(make_job())
     (run.folders.results / "prepared/train.arrow").unlink()

@@ -150,14 +150,14 @@ def _run_stage(
     current = StageState(stage.key, "running", time.time())
     state.stages[stage.name] = current
     folder.write(state)
-    last: dict[str, Any] = {}
+    last: Mapping[str, Any] = {}
 
     def follow(read_to: int) -> int:
+        nonlocal last
         for behind, event in progress.read(events, read_to):
             read_to = behind
             if event["stage"] == stage.name:
-                if event["event"] in ("finished", "failed"):
-                    last.update(event)
+                last = progress.ending(last, event)
                 on_event(event)
         return read_to
 

@@ -276,9 +276,8 @@ def _follow(
                 offset = behind
                 if event.get("stage") != name:
                     continue
-                if event["event"] in ("finished", "failed"):
-                    last = event
-                elif event["event"] == "message":
+                last = progress.ending(last, event)
+                if event["event"] == "message":
                     output.tail.append(str(event.get("text", "")))
                 _out(progress.log_line(event))
             _bury_others(child)

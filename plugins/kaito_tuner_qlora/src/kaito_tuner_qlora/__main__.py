@@ -15,6 +15,10 @@ from kaito_core.workloads.job import Folders, TuningJob
 
 STAGES = ("train", "verify")
 
+SHUTDOWN_SECONDS = 110
+"""How long torchrun waits, after SIGTERM or the end of one process, for the others to end before it kills them: a step and its
+checkpoint must be done by then. Ten seconds before a pod's and a local run's own limit (120)."""
+
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in STAGES:
@@ -49,6 +53,7 @@ def _processes() -> int:
 
 def _become_several(stage: str, count: int) -> None:
     """Becomes torchrun, which starts this command once per GPU."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
     # A list of our own words, no shell.
     os.execv(sys.executable, [sys.executable, *launch, "-m", "kaito_tuner_qlora", stage])  # noqa: S606

@@ -6,15 +6,51 @@ older checkpoint, or the new one, never a torn one; what is left of a torn one i
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 WRITING = "being-written"
-PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+ADAPTER, STATE = "adapter_config.json", "trainer_state.json"
+PARTS = (ADAPTER, "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE)
 """What a checkpoint must hold to be gone on from."""
+
+REACHED = "kaito.json"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a checkpoint is a part of, and how much of it is done."""
+
+    steps: int
+    """Optimizer steps of the whole training."""
+    step_rows: int
+    """Rows of a step, of all processes together."""
+    rows: int | None
+    """Rows that were trained, each as often as it was; None: not written down."""
+
+
+def write_reached(folder: Path, reached: Reached) -> None:
+    """Beside what transformers writes, which does not say how many processes share a step."""
+    (folder / REACHED).write_text(json.dumps(asdict(reached)) + "\n", encoding="utf-8")
+
+
+def read_reached(folder: Path) -> Reached:
+    """Of a whole checkpoint; also of those before there was such a file."""
+    if (folder / REACHED).is_file():
+        return Reached(**json.loads((folder / REACHED).read_text(encoding="utf-8")))
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    processes = len(list(folder.glob("rng_state*.pth")))  # one of each; a step was so many rows in each of them
+    return Reached(state["max_steps"], state["train_batch_size"] * max(1, processes), None)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def all_of(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from kaito_core.problems import Failure, UserError
 from kaito_core.progress import Progress
 from kaito_core.stages.process import Interrupted
 from kaito_core.workloads.job import Folders, TuningJob, digest_of
-from kaito_tuner_qlora import artifact, batches, checkpoints, sections
+from kaito_tuner_qlora import artifact, batches, checkpoints, processes, sections
 from kaito_tuner_qlora import config as configs
 from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Examples
@@ -36,6 +36,10 @@ CHECKPOINT_SECONDS = 600.0
 
 CPU_PIECE = 256
 """Tokens of a forward pass beyond which a CPU gets no faster."""
+
+LOST_AFTER_SECONDS = 600
+"""How long a process waits for the others before it gives up: one that hangs ends the training, with its last checkpoint. Far
+longer than a step or a checkpoint takes."""
 
 LOG_LINES, EVALUATIONS = 50, 10
 """How many of each a training has when nothing else is asked for."""
@@ -58,6 +62,8 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
     output = folders.results / "checkpoints" / os.environ.get("KAITO_TRAIN_KEY", digest_of(job.to_json()))
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / checkpoints.WRITING, ignore_errors=True)
+    # No process writes a checkpoint before all of them are here: they find the same one.
+    newest = checkpoints.newest(output)
 
     progress.message(f"loading {job.preset.name} ({job.method}, {job.configuration.dtype}, {device.type})")
     began = time.monotonic()
@@ -70,13 +76,13 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
     loaded = time.monotonic() - began
 
     rows = batches.rows(examples.lengths.tolist(), job.configuration.sequence, config.training.packing)
-    step_rows = job.configuration.micro_batch * job.configuration.accumulation
-    steps_per_epoch = math.ceil(len(rows) / (step_rows * job.configuration.processes))
-    steps = (
-        config.training.max_steps
-        if config.training.max_steps > 0
-        else math.ceil(steps_per_epoch * config.training.num_train_epochs)
-    )
+    reached = checkpoints.read_reached(newest) if newest else None
+    layout = job.configuration
+    # A resumed training keeps its steps, however many processes share them now.
+    step_rows = reached.step_rows if reached else layout.micro_batch * layout.accumulation * layout.processes
+    steps = planned_steps(config.training, len(rows), step_rows)
+    if newest is not None and reached is not None:
+        check_resumable(newest, reached, steps, len(rows))
     counts = models.parameters(peft_model)
     progress.message(
         f"{len(examples)} examples in {len(rows)} rows of {job.configuration.sequence} tokens, {len(held_out)} held out; "
@@ -87,6 +93,7 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
     keep = kept_tokens(job.preset, job.configuration.dtype) if config.training.gradient_checkpointing else None
     if device.type == "cpu" and keep is not None and keep >= CPU_PIECE:
         budget = min(budget, keep)  # a CPU is busy with a few hundred tokens; a GPU wants thousands
+    processes.join(device, lost_after_seconds(config.training))
     arguments = training_arguments(config.training, job, output, step_rows, steps, bool(held_out))
     follow = Follow(
         progress,
@@ -106,23 +113,30 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
         callbacks=[follow],
     )
     follow.trainer = trainer
+    if newest is not None:
+        trainer.rows_trained = planned_rows(checkpoints.step_of(newest), len(rows), step_rows)
     for unwanted in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(unwanted)
 
-    newest = checkpoints.newest(output)
     if newest is not None:
         progress.message(f"going on from {newest.name}")
     with Signals(follow):
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    if follow.signal is not None:
-        progress.message(f"stopped by {signal.Signals(follow.signal).name} after step {trainer.state.global_step}; "
-                         "the checkpoint is written, and the same command goes on from it")  # fmt: skip
-        raise Interrupted(follow.signal)
+        if follow.stopped is not None:
+            newest = checkpoints.newest(output)
+            kept = newest and checkpoints.step_of(newest) == trainer.state.global_step
+            progress.message(f"stopped by {signal.Signals(follow.stopped).name} after step {trainer.state.global_step}; " + (
+                             "the checkpoint is written, and the same command goes on from it" if kept else
+                             f"the same command goes on from {newest.name if newest else 'the beginning'}"))  # fmt: skip
+            processes.agree([0], arguments.device)  # a process that ends is the end of the others
+            raise Interrupted(follow.stopped)
+    if not follow.patience_ended:
+        check_finished(trainer, steps, planned_rows(steps, len(rows), step_rows))
 
     measured = [e["step"] for e in trainer.state.log_history if "eval_loss" in e]
     if held_out and (not measured or measured[-1] != trainer.state.global_step):
         trainer.evaluate()
-    trainer.accelerator.wait_for_everyone()
+    processes.agree([0], arguments.device)
     if not arguments.should_save:
         return {}
     metrics = summarise(trainer, follow, job, examples, held_out, rows, counts, loaded)
@@ -135,6 +149,46 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
     progress.message(f"trained {follow.steps} steps in {duration(metrics['seconds'])}, "
                      f"{metrics['tokens_per_second']:,} tokens/s, at most {metrics['memory'] / 2**30:.1f} GiB")  # fmt: skip
     return {"adapter": str(folders.results / "adapter"), "metrics": metrics["summary"]}
+
+
+def lost_after_seconds(training: sections.TrainingArguments) -> float:
+    """How long a process waits for the others: transformers' ``ddp_timeout``, or ours."""
+    asked = (training.model_extra or {}).get("ddp_timeout", LOST_AFTER_SECONDS)
+    if not isinstance(asked, int | float) or asked <= 0:
+        raise UserError(f"{asked!r} is no number of seconds", f"write a positive number, or leave it out ({LOST_AFTER_SECONDS})",
+                        field="TrainingArguments.ddp_timeout")  # fmt: skip
+    return asked
+
+
+def planned_steps(training: sections.TrainingArguments, rows: int, step_rows: int) -> int:
+    """Optimizer steps of the whole training; the last one of an epoch may have fewer rows."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(math.ceil(rows / step_rows) * training.num_train_epochs)
+
+
+def planned_rows(steps: int, rows: int, step_rows: int) -> int:
+    """Rows that so many steps train, each row as often as it comes."""
+    epochs, rest = divmod(steps, math.ceil(rows / step_rows))
+    return epochs * rows + min(rest * step_rows, rows)
+
+
+def check_resumable(newest: Path, reached: checkpoints.Reached, steps: int, rows: int) -> None:
+    """Refuses a checkpoint that is not a part of this training: what is left of it would be too much or nothing."""
+    step = checkpoints.step_of(newest)
+    trained = planned_rows(step, rows, reached.step_rows)
+    if reached.steps != steps or step > steps or reached.rows not in (None, trained):
+        raise UserError(f"{newest.name} is a part of a training of {reached.steps} steps with {reached.step_rows} rows each, of which "
+                        f"{trained if reached.rows is None else reached.rows} rows are trained; this training has {steps} steps, and "
+                        f"{trained} of its rows by then",
+                        f"remove {newest.parent} to begin again, or train with the data and the version of before")  # fmt: skip
+
+
+def check_finished(trainer: PackedTrainer, steps: int, rows: int) -> None:
+    """A training that ends has trained what was planned. Raises `Failure`."""
+    if (trainer.state.global_step, trainer.rows_trained) != (steps, rows):
+        raise Failure(f"the training ended at step {trainer.state.global_step} of {steps}, after {trainer.rows_trained} of {rows} rows",
+                      "this is a bug: please report it with the log; the checkpoints are kept")  # fmt: skip
 
 
 def read_data(folders: Folders, sequence: int) -> tuple[Examples, Examples]:

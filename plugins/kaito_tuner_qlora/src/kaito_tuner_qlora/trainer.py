@@ -7,7 +7,10 @@ is done before the training starts. What differs here:
 * a step is handed over whole and divided inside ``training_step``, so that running out of memory makes the pieces smaller
   and the step is done again, with the same result;
 * the loss is normalised over the trained tokens of the whole step, over all pieces and all GPUs;
-* with several GPUs gradients are summed once per step, after the last piece, so a GPU may back off on its own.
+* a step is a number of rows, and every process is handed all of them and computes its share: how many processes there are
+  changes who computes what, and nothing else;
+* with several GPUs gradients are summed once per step, after the last piece, so a GPU may back off on its own; saving, stopping
+  and failing are decided by all processes together (`processes`).
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kaito_core.problems import Failure
 from kaito_core.progress import Progress
-from kaito_tuner_qlora import checkpoints
+from kaito_tuner_qlora import checkpoints, processes
 from kaito_tuner_qlora import model as models
 from kaito_tuner_qlora.batches import Example, batch, batches
+from kaito_tuner_qlora.checkpoints import Reached
 
 BEST, WRITING_BEST = "best", "best-being-written"
 EVENT_EVERY = 1.0
@@ -37,8 +43,9 @@ EVENT_EVERY = 1.0
 class PackedTrainer(Trainer):
     """Trains an adapter on rows of packed examples.
 
-    ``rows`` are indices of ``examples``; ``budget`` is the tokens of one forward pass at first;
-    a pass of up to ``keep`` tokens keeps its activations, a longer one computes them again (None: all keep them)."""
+    ``rows`` are indices of ``examples``, ``args.per_device_train_batch_size`` of them are a step of all processes together;
+    ``budget`` is the tokens of one forward pass at first; a pass of up to ``keep`` tokens keeps its activations, a longer one
+    computes them again (None: all keep them)."""
 
     model: Any
 
@@ -65,30 +72,50 @@ class PackedTrainer(Trainer):
         self.examples, self.held_out, self.progress = examples, held_out, progress
         self.budget, self.keep = budget, keep
         self.step_tokens = 0
+        self.rows_trained = 0
         self.step_loss = math.nan
-        self._writing: str | None = None
 
     # --- one step ---
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The same whole steps for every process, the last one of an epoch as short as it is."""
+        loader = super().get_train_dataloader()
+        if isinstance(
+            loader.batch_sampler, BatchSamplerShard
+        ):  # accelerate's: it would give each process steps of its own
+            shard = loader.batch_sampler
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of one optimizer step, in as few pieces as memory allows; gives the mean loss of a trained token."""
         model.train()
-        step = [self.examples[i] for row in inputs["rows"] for i in row]
-        trained = torch.tensor(float(sum(e.loss_tokens for e in step)), device=self.args.device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(trained)
-        trained = trained.clamp(min=1)
-        while (loss := self._accumulate(step, trained)) is None:
-            model.zero_grad()
-            models.free(self.args.device)
-            self._back_off(max(len(e.input_ids) for e in step))
-        if self.args.world_size > 1:
-            self._sum_over_processes(loss)
+        rows = inputs["rows"]
+        step = [self.examples[i] for row in rows for i in row]
+        share = [self.examples[i] for row in rows[processes.rank() :: processes.count()] for i in row]
+        trained = torch.tensor(float(max(1, sum(e.loss_tokens for e in step))), device=self.args.device)
+        failure = None
+        try:
+            while (loss := self._accumulate(share, trained)) is None:
+                model.zero_grad()
+                models.free(self.args.device)
+                self._back_off(max(len(e.input_ids) for e in share))
+        except Failure as e:
+            failure, loss = (
+                e,
+                torch.full((), math.nan, device=self.args.device),
+            )  # makes the sum one too: all processes see it
+        processes.add(loss)
         if not torch.isfinite(loss):
-            raise Failure(f"the loss of step {self.state.global_step + 1} is {float(loss)}: the training has diverged",
-                          "lower TrainingArguments.learning_rate (half of it is a good start); on float16 GPUs use one with "
-                          "bfloat16", field="TrainingArguments.learning_rate")  # fmt: skip
-        self.step_tokens = sum(len(e.input_ids) for e in step) * self.args.world_size
+            failure = processes.first_failure(failure, self.args.device)
+            raise failure or Failure(
+                f"the loss of step {self.state.global_step + 1} is {float(loss)}: the training has diverged",
+                "lower TrainingArguments.learning_rate (half of it is a good start); on float16 GPUs use one with bfloat16",
+                field="TrainingArguments.learning_rate",
+            )
+        self._sum_gradients()
+        self.step_tokens = sum(len(e.input_ids) for e in step)
+        self.rows_trained += len(rows)
         self.step_loss = float(loss)
         return loss
 
@@ -128,12 +155,18 @@ class PackedTrainer(Trainer):
             f"out of memory: going on with {self.budget} tokens per forward pass; the result is the same"
         )
 
-    def _sum_over_processes(self, loss: torch.Tensor) -> None:
-        torch.distributed.all_reduce(loss)
+    def _sum_gradients(self) -> None:
+        if processes.count() == 1:
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            scaler.scale(
+                torch.zeros((), device=self.args.device)
+            )  # it begins here in a process whose share had no row yet
         for p in self.model.parameters():
             if p.requires_grad:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                torch.distributed.all_reduce(p.grad)
+                processes.add(p.grad)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate wants input_ids; ours is in the plan
@@ -173,9 +206,6 @@ class PackedTrainer(Trainer):
 
     # --- checkpoints ---
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._writing or str(self.args.output_dir)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is whole or not there. A full disk costs this checkpoint and not the training."""
         folder = Path(str(self.args.output_dir))
@@ -183,23 +213,42 @@ class PackedTrainer(Trainer):
         written = folder / checkpoints.WRITING
         if self.args.should_save:
             shutil.rmtree(written, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._writing = str(written)
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.publish(written / name, folder / name)
+        device = self.args.device
+        processes.agree([0], device)  # none writes before the folder is empty
+        trouble = self._attempt(lambda: self._write_checkpoint(written / name))
+        (failed,) = processes.agree([trouble is not None], device)
+        if self.args.should_save:
+            if not failed:
+                trouble = self._attempt(lambda: checkpoints.publish(written / name, folder / name))
+            if not failed and trouble is None:
                 checkpoints.keep(folder, self.args.save_total_limit or 1)
                 self.progress.emit("checkpoint", step=self.state.global_step, path=str(folder / name))
+            else:
+                why = trouble or "another process could not write its part"
+                self.progress.message(f"no checkpoint at step {self.state.global_step}: {why}; the training goes on")
+            shutil.rmtree(written, ignore_errors=True)
+        processes.agree([0], device)  # none ends, and so has the others ended, before it is there
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """This process's part. Nothing in here waits for another process: each may fail alone."""
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / checkpoints.STATE))
+            reached = Reached(self.state.max_steps, self.args.per_device_train_batch_size, self.rows_trained)
+            checkpoints.write_reached(folder, reached)
+
+    def _attempt(self, write: Callable[[], None]) -> Exception | None:
+        """Why something could not be written; None when it was."""
+        try:
+            write()
         except (OSError, RuntimeError, SafetensorError) as e:
             if models.out_of_memory(e):
                 raise
-            self.progress.message(f"no checkpoint at step {self.state.global_step}: {e}; the training goes on")
-        finally:
-            self._writing = None
-            if self.args.should_save:
-                shutil.rmtree(written, ignore_errors=True)
+            return e
+        return None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: no pickled arguments beside it."""
@@ -234,7 +283,7 @@ def held_out_loss(
         models.free(device)
         budget //= 2
     if distributed:
-        torch.distributed.all_reduce(sums)
+        processes.add(sums)
     return float(sums[0] / sums[1].clamp(min=1))
 
 
@@ -248,6 +297,10 @@ class Follow(TrainerCallback):
         self.checkpoint_seconds, self.patience = checkpoint_seconds, patience
         self.trainer: PackedTrainer | None = None
         self.signal: int | None = None
+        """What this process was sent; the processes decide together what follows from it."""
+        self.stopped: int | None = None
+        """The signal at which all processes have stopped."""
+        self.patience_ended = False
         self.steps = self.tokens = 0
         self.seconds = 0.0
         self._begun = self._saved = time.monotonic()
@@ -269,9 +322,12 @@ class Follow(TrainerCallback):
         self.steps += 1
         self.tokens += self.trainer.step_tokens
         self._recent = seconds if self._recent is None else 0.9 * self._recent + 0.1 * seconds
-        if self.checkpoint_seconds is not None and now - self._saved >= self.checkpoint_seconds:
+        due = self.checkpoint_seconds is not None and now - self._saved >= self.checkpoint_seconds
+        save, number = processes.agree([due, self.signal or 0], args.device)
+        if save:
             control.should_save = True
-        if self.signal is not None:
+        if number:
+            self.stopped = number
             control.should_save = control.should_training_stop = True
         last = state.global_step >= state.max_steps
         if args.should_save and (last or state.global_step == 1 or now - self._told >= EVENT_EVERY):
@@ -330,7 +386,7 @@ class Follow(TrainerCallback):
                 self.progress.message(
                     f"no better held-out loss in {self.patience} evaluations: stopping at step {state.global_step}"
                 )
-                control.should_training_stop = True
+                control.should_training_stop = self.patience_ended = True
         return control
 
 
