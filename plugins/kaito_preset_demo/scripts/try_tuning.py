@@ -59,7 +59,7 @@ def main() -> None:
     )
     model = get_peft_model(
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=False),
-        LoraConfig(r=16, lora_alpha=16, use_rslora=True, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        LoraConfig(r=16, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM"),
     )
     train = read_jsonl(options.data / "harbour-lights.jsonl") + read_csv(options.data / "harbour-lights-faq.csv")
     heldout = read_jsonl(options.data / "harbour-lights-heldout.jsonl")

@@ -44,7 +44,7 @@ def test_smaller_begins_with_one_change_and_the_least_painful() -> None:
         "method qlora instead of lora",
         "examples cut at max_length 1024 instead of 2048",
         "examples cut at max_length 512 instead of 2048",
-        "r 8 instead of 16",
+        "r 8 instead of 16 with lora_alpha 32",
         "optim paged_adamw_8bit instead of adamw_torch",
         "gradient_checkpointing true and method qlora instead of lora",
     ]

@@ -19,6 +19,18 @@ from kaito_core.workloads.workload import Mount, Stage, Workload, local_model
 JOB_PATH = "/mnt/config/job.json"
 
 
+def _fetch_key(job: TuningJob) -> str:
+    model = [asdict(job.preset.source), job.model_image, job.model_folder]
+    return digest_of("fetch", model, asdict(job.data), job.data_digest)
+
+
+def train_key(job: TuningJob) -> str:
+    """The key of the training: jobs with the same one make the same adapter, and go on from each other's checkpoints.
+
+    Where the same work runs, and in how many pieces, changes nothing about its result: not part of the key."""
+    return digest_of("train", _fetch_key(job), asdict(job.preset), job.method, job.config, job.configuration.sequence)
+
+
 def tuning_workload(
     job: TuningJob,
     *,
@@ -28,13 +40,10 @@ def tuning_workload(
     env: dict[str, str] | None = None,
 ) -> Workload:
     """The workload that tunes as ``job`` says; ``train`` and ``verify`` are the tuner's own commands."""
-    model = [asdict(job.preset.source), job.model_image, job.model_folder]
-    fetch_key = digest_of("fetch", model, asdict(job.data), job.data_digest)
     output = [job.output_image, job.output_volume]
-    # Where the same work runs, and in how many pieces, changes nothing about its result: not part of the key.
-    train_key = digest_of("train", fetch_key, asdict(job.preset), job.method, job.config, job.configuration.sequence)
-    check_key = digest_of("check", train_key, output)
-    push_key = digest_of("push", train_key, output)
+    key = train_key(job)
+    check_key = digest_of("check", key, output)
+    push_key = digest_of("push", key, output)
     gpu = job.configuration.device == "cuda"
     core = ("python", "-m", "kaito_core.stages")
     mounts = [
@@ -49,15 +58,15 @@ def tuning_workload(
         name=job.name,
         image=image,
         stages=(
-            Stage("fetch", (*core, "fetch"), fetch_key),
+            Stage("fetch", (*core, "fetch"), _fetch_key(job)),
             Stage("check", (*core, "check"), check_key),
-            Stage("train", train, train_key, gpu),
-            Stage("verify", verify, digest_of("verify", train_key), gpu),
+            Stage("train", train, key, gpu),
+            Stage("verify", verify, digest_of("verify", key), gpu),
             Stage("push", (*core, "push"), push_key),
         ),
         mounts=tuple(mounts),
         files={JOB_PATH: job.to_json()},
-        env={"KAITO_JOB": JOB_PATH, "KAITO_TRAIN_KEY": train_key, **(env or {})},
+        env={"KAITO_JOB": JOB_PATH, "KAITO_TRAIN_KEY": key, **(env or {})},
         registry_secrets=job.secrets.registry,
         hub_secret=job.secrets.hub,
         gpus=job.configuration.processes if gpu else 0,

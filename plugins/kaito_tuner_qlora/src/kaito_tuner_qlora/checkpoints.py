@@ -11,6 +11,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -46,6 +47,12 @@ def read_reached(folder: Path) -> Reached:
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     processes = len(list(folder.glob("rng_state*.pth")))  # one of each; a step was so many rows in each of them
     return Reached(state["max_steps"], state["train_batch_size"] * max(1, processes), None)
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """peft's configuration of the adapter in a whole checkpoint."""
+    config: dict[str, Any] = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return config
 
 
 def step_of(folder: Path) -> int:

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 from kaito_core.data.formats import named_columns
 from kaito_core.plugins.types import Preset
 from kaito_core.problems import Problem, UserError, errors
-from kaito_tuner_qlora.sections import SECTIONS, Section, TrainingConfig
+from kaito_tuner_qlora.sections import RANK_STABILISED_ALPHA, SECTIONS, LoraConfig, Section, TrainingConfig
 
-METHODS = ("qlora", "lora")
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"qlora": {"QuantizationConfig": {"load_in_4bit": True}}, "lora": {}}
+METHODS = tuple(METHOD_DEFAULTS)
 
 ALIASES = {
     "ModelConfig": {"dtype": "torch_dtype"},
@@ -110,9 +111,17 @@ def _suggestion(name: str, names: Iterable[str]) -> str:
 
 def defaults(method: str) -> dict[str, Any]:
     """The tuner's own configuration for ``qlora`` or ``lora``, before the preset's and the user's."""
-    config = TrainingConfig().model_dump(by_alias=True)
-    config["QuantizationConfig"]["load_in_4bit"] = method == "qlora"
-    return config
+    return read(METHOD_DEFAULTS[method]).model_dump(by_alias=True)
+
+
+def with_former_defaults(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a resolved configuration was when adapters were rank-stabilised by default; None where the default has no part in it.
+
+    A training that was begun then is known by it."""
+    lora = config["LoraConfig"]
+    if lora["use_rslora"] or lora["lora_alpha"] != LoraConfig(r=lora["r"]).lora_alpha:
+        return None
+    return {**config, "LoraConfig": {**lora, "lora_alpha": RANK_STABILISED_ALPHA, "use_rslora": True}}
 
 
 def schema() -> dict[str, Any]:
@@ -182,8 +191,8 @@ def _resolve(preset: Preset, method: str, user: Mapping[str, Any] | None) -> tup
         own, found = _read_section(name, section, user.get(name))
         problems += found
         written[name] = own
-        base = {**config[name], **preset.tuning.get(method, {}).get(name, {})}
-        config[name] = {**base, **own}
+        preset_fields = preset.tuning.get(method, {}).get(name, {})
+        config[name] = {**METHOD_DEFAULTS[method].get(name, {}), **preset_fields, **own}
         try:
             config[name] = section.model_validate(config[name]).model_dump()
         except ValidationError as e:

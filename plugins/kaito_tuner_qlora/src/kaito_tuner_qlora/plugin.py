@@ -109,10 +109,15 @@ def _methods(method: str, config: Mapping[str, Any]) -> Iterator[_Step]:
 
 
 def _ranks(config: Mapping[str, Any]) -> Iterator[_Step]:
-    now = rank = config["LoraConfig"]["r"]
+    lora = config["LoraConfig"]
+    now = rank = lora["r"]
     while rank // 2 >= LOWEST_RANK:
         rank //= 2
-        yield f"r {rank} instead of {now}", "", "LoraConfig", {"r": rank}
+        words, fields = f"r {rank} instead of {now}", {"r": rank}
+        if not lora["use_rslora"]:  # the adapter's scale, alpha / r, stays what was asked for
+            fields["lora_alpha"] = max(1, round(lora["lora_alpha"] * rank / now))
+            words += f" with lora_alpha {fields['lora_alpha']}"
+        yield words, "", "LoraConfig", fields
 
 
 def _optimizers(config: Mapping[str, Any]) -> Iterator[_Step]:

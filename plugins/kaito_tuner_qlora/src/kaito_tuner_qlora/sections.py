@@ -6,13 +6,17 @@ allows more fields than it lists: `kaito_tuner_qlora.config` decides which of th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kaito_core.planning.config_files import is_template
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+
+RANK_STABILISED_ALPHA = 16
+"""Alpha with which alpha/sqrt(r) is 4 for r 16 and learning is as strong at other ranks (arXiv 2312.03732)."""
 
 
 def _without_torch(value: Any) -> Any:
@@ -99,7 +103,10 @@ class LoraConfig(Section):
         16, ge=1, le=1024, description="Rank. 16 is enough for most instruction tuning; more costs little memory."
     )
     lora_alpha: int = Field(
-        16, gt=0, description="Scale of the adapter: alpha/sqrt(r) with use_rslora, which makes 4 with the defaults."
+        64,
+        gt=0,
+        description="Scale of the adapter: alpha/r, or alpha/sqrt(r) with use_rslora. Default: 16 times the square root of r, "
+        "which is 64 for r 16 and makes 4; with use_rslora 16, which is as strong.",
     )
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout before the adapter. 0: short trainings do not need it."
@@ -110,14 +117,28 @@ class LoraConfig(Section):
         "(arXiv 2305.14314, section 4). `all-linear` means the same.",
     )
     use_rslora: bool = Field(
-        True,
-        description="Scale by 1/sqrt(r) instead of 1/r (arXiv 2312.03732), so that a higher rank is not damped away.",
+        False,
+        description="Scale by 1/sqrt(r) instead of 1/r (arXiv 2312.03732). Default: as in KAITO and peft, so that numbers that "
+        "were written for them mean the same here.",
     )
     use_dora: bool = Field(False, description="Weight-decomposed LoRA: about a quarter slower; rarely worth it.")
     bias: Literal["none"] = Field("none", description="Biases are not trained: serving engines do not load them.")
     init_lora_weights: bool | Literal["gaussian"] = Field(
         True, description="B starts at zero: the model starts as it was."
     )
+
+    @model_validator(mode="after")
+    def _alpha_of_the_rank(self) -> Self:
+        """A rank that is written alone keeps the strength that rank-stabilised scaling gives it: it neither blows up nor fades."""
+        if "lora_alpha" not in self.model_fields_set:
+            alpha = RANK_STABILISED_ALPHA if self.use_rslora else RANK_STABILISED_ALPHA * math.sqrt(self.r)
+            self.lora_alpha = max(1, round(alpha))
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What the product of the adapter's two matrices is multiplied with (peft's ``scaling``)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class TrainingArguments(Section):

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from kaito_core.problems import Failure, UserError
 from kaito_core.progress import Progress
 from kaito_core.stages.process import Interrupted
 from kaito_core.workloads.job import Folders, TuningJob, digest_of
+from kaito_core.workloads.tuning import train_key
 from kaito_tuner_qlora import artifact, batches, checkpoints, processes, sections
 from kaito_tuner_qlora import config as configs
 from kaito_tuner_qlora import model as models
@@ -59,11 +61,13 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats(device)
 
     examples, held_out = read_data(folders, job.configuration.sequence)
-    output = folders.results / "checkpoints" / os.environ.get("KAITO_TRAIN_KEY", digest_of(job.to_json()))
+    output = checkpoint_folder(job, folders)
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / checkpoints.WRITING, ignore_errors=True)
     # No process writes a checkpoint before all of them are here: they find the same one.
     newest = checkpoints.newest(output)
+    if newest is not None:
+        job, config = with_scale_of(newest, job, config, progress)
 
     progress.message(f"loading {job.preset.name} ({job.method}, {job.configuration.dtype}, {device.type})")
     began = time.monotonic()
@@ -149,6 +153,34 @@ def train(job: TuningJob, folders: Folders, progress: Progress) -> dict[str, Any
     progress.message(f"trained {follow.steps} steps in {duration(metrics['seconds'])}, "
                      f"{metrics['tokens_per_second']:,} tokens/s, at most {metrics['memory'] / 2**30:.1f} GiB")  # fmt: skip
     return {"adapter": str(folders.results / "adapter"), "metrics": metrics["summary"]}
+
+
+def checkpoint_folder(job: TuningJob, folders: Folders) -> Path:
+    """Where the checkpoints of this training are: below its key, or below the key of the same training with former defaults, when
+    it was begun with them."""
+    below = folders.results / "checkpoints"
+    own = below / os.environ.get("KAITO_TRAIN_KEY", digest_of(job.to_json()))
+    former = configs.with_former_defaults(job.config)
+    if former is not None and checkpoints.newest(own) is None:
+        begun = below / train_key(replace(job, config=former))
+        if checkpoints.newest(begun) is not None:
+            return begun
+    return own
+
+
+def with_scale_of(
+    newest: Path, job: TuningJob, config: sections.TrainingConfig, progress: Progress
+) -> tuple[TuningJob, sections.TrainingConfig]:
+    """The job and its configuration with the scale of the checkpoint's adapter: its weights were trained for that one."""
+    saved = checkpoints.read_adapter(newest)
+    own = {name: saved[name] for name in ("r", "lora_alpha", "use_rslora") if name in saved}
+    lora = config.lora.model_copy(update=own)
+    if lora == config.lora:
+        return job, config
+    progress.message(f"the adapter in {newest.name} is scaled by {lora.scale:g} (r {lora.r}, lora_alpha {lora.lora_alpha}, use_rslora "
+                     f"{str(lora.use_rslora).lower()}) and keeps that, where the configuration would give {config.lora.scale:g}")  # fmt: skip
+    return (replace(job, config={**job.config, "LoraConfig": {**job.config["LoraConfig"], **own}}),
+            config.model_copy(update={"lora": lora}))  # fmt: skip
 
 
 def lost_after_seconds(training: sections.TrainingArguments) -> float:

@@ -202,6 +202,9 @@ def _describe(job: TuningJob, folders: Folders, adapter: Path, result: dict[str,
     artifact.write_json(adapter / "kaito.json", facts)
     metrics = artifact.read_json(folders.results / "metrics.json")
     data, config = metrics.get("data", {}), configs.read(job.config)
+    lora = artifact.read_json(
+        adapter / "adapter_config.json"
+    )  # one that was resumed keeps the scale that it was begun with
     source = job.preset.source
     card = CardFacts(
         name=job.name,
@@ -215,9 +218,9 @@ def _describe(job: TuningJob, folders: Folders, adapter: Path, result: dict[str,
         data_rows=data.get("examples"),
         method=job.method,
         hyper_parameters={
-            "rank": config.lora.r,
-            "alpha": config.lora.lora_alpha,
-            "rsLoRA": config.lora.use_rslora,
+            "rank": lora["r"],
+            "alpha": lora["lora_alpha"],
+            "rsLoRA": lora["use_rslora"],
             "modules": ", ".join(config.lora.target_modules),
             "learning rate": config.training.learning_rate,
             "epochs": metrics.get("epochs", 0),
