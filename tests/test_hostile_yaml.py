@@ -1,4 +1,4 @@
-"""Settings that were made to take the time, the memory or the stack of whoever reads them: each is read or refused by name, within
+"""Settings that were made to take the time, the memory or the stack of their reader: each is read or refused by name, within
 bounds, by every way by which kaito reads a ConfigMap."""
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Limits:
     wall_seconds: int = 60
     """Of waiting, for a machine that is busy with something else."""
     answer_bytes: int = 4 << 20
-    """Of the answer: whoever asks wants a few numbers and texts."""
+    """Of the answer: a caller wants a few numbers and texts."""
 
 
 MODEL_FILES: Final = Limits()

@@ -157,7 +157,7 @@ class Simulation:
     unanswered: bool = False
     """The cloud says neither what it sells nor how far it is."""
     refused: str = ""
-    """What the API server says to whoever makes a pod."""
+    """What the API server says to a client that makes a pod."""
     admitted: int = 0
     """So many pods of an endpoint it takes all the same."""
     denied: dict[Kind, ApiError] = field(default_factory=dict)

@@ -240,7 +240,7 @@ def _warn_of_names(given: Given, offers: Sequence[Offer], *, complete: bool) -> 
 
 def _offers(workspace: Workspace, plugins: PluginManager, *, local: bool) -> tuple[list[Offer], bool]:
     """What can be had, and, unless only this machine is asked for, what the catalogue knows besides; and whether every provisioner could
-    say what it has. One that fails is warned of, and keeps nobody from the machines of the others."""
+    say what it has. One that fails is warned of; the others are still asked."""
     wanted = Requirements() if local else requirements(workspace)
     found: list[Offer] = []
     complete = True

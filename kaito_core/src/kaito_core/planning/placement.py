@@ -113,7 +113,7 @@ def candidates(
 
 
 def consider(task: Task, offer: Offer, wanted: Requirements, max_cost: float | None, why: str = "") -> Candidate:
-    """How the task would run on this machine, and why it is not taken, whoever has the machine.
+    """How the task would run on this machine, and why it is not taken, whichever provisioner has the machine.
 
     The only place that decides it: what a plan takes and what it recommends have both passed here."""
     fit = task.fit(offer)

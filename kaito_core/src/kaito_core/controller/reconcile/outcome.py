@@ -86,7 +86,7 @@ def outcome(case: Case, job: Object) -> None:
         _say_it_waits(case, waits.reason, waits.message)
     else:
         _running(case, pods, pod, now)
-    if waits is not None and (held or waits.reason in (FAILED_CREATE, POD_MISSING)):  # of Events nobody is told
+    if waits is not None and (held or waits.reason in (FAILED_CREATE, POD_MISSING)):  # Events are not watched
         case.look_again(EVENTS_CHECK if waits.reason == POD_MISSING else SPOT_CHECK)
 
 

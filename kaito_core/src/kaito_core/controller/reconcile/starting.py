@@ -136,7 +136,7 @@ def not_ready(case: Case, runs: Object, condition: str) -> Wait:
 
 
 def suspended(runs: Object) -> bool:
-    """Whether a Job makes no pods because somebody said so."""
+    """Whether a Job makes no pods because its spec.suspend says so."""
     return bool((runs.get("spec") or {}).get("suspend"))
 
 
@@ -199,7 +199,7 @@ def in_vain(case: Case) -> Mapping[str, Any] | None:
 
 
 def _in_vain(case: Case) -> list[dict[str, Any]]:
-    """The last attempts whose machines waited in vain, the newest first. An endpoint that shall be there always tries all its offers
+    """The last attempts whose machines waited in vain, the newest first. An endpoint with the policy "always" tries all its offers
     again in a while: a machine that never joins counts there too."""
     counted = RETRIED | ({"TimedOut"} if case.serving else frozenset())
     row = takewhile(lambda a: a.get("reason") in counted | NEVER_HELD, reversed(case.attempts))
