@@ -131,10 +131,11 @@ def test_before_a_cluster_is_asked_it_is_said_what_it_may_refuse(
     from kaito_core.cli import given
     from kaito_core.cli.cluster import runtimes
     from kaito_core.controller import planner
+    from kaito_core.planning.images import Images
     from kaito_core.testing.planning import OneOfEach
 
     monkeypatch.setattr(planner, "cluster_provisioners", lambda plugins: {})
-    monkeypatch.setattr(runtimes, "as_the_controller", lambda registry, client: OneOfEach())
+    monkeypatch.setattr(runtimes, "as_the_controller", lambda registry, client: (OneOfEach(), Images()))
     file = tmp_path / "w.yaml"
     file.write_text("""apiVersion: kaito.sh/v1beta1
 kind: Workspace
