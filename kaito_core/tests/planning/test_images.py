@@ -153,6 +153,15 @@ def test_what_is_declared_for_an_image_counts() -> None:
     assert "needs 8.0" in reason(planned(bought("Standard_NC4as_T4_v3"), images=declared({"tuner": "8.0"})))
 
 
+@pytest.mark.parametrize("name", [o.instance_type for o in TOO_OLD.values() if o.retired and not catalogue.obstacle(o)])
+def test_a_machine_that_the_catalogue_calls_retired_is_taken_where_its_cloud_has_it(name: str) -> None:
+    """What is said of a replacement belongs to a reason, and is none by itself."""
+    made = planned(bought(name), resource=f"{{instanceType: {name}}}", images=declared({"tuner": "3.0"}))
+    assert made.refusal is None, made.refusal
+    assert made.chosen is not None
+    assert made.chosen.offer.instance_type == name
+
+
 def test_each_runtime_is_held_against_its_own_image() -> None:
     """transformers is in the image that tunes."""
     made = planned(bought("Standard_NC6s_v3"), task=SERVING, images=declared({"tuner": "7.0"}))

@@ -106,7 +106,8 @@ def candidates(
         found = consider(task, offer, wanted, max_cost, why)
         rejected = found.rejected or unobtainable(offer, installed)
         # Of a machine that the user chose by its name, or by the labels of its nodes.
-        if (is_named or is_free(offer)) and _is_no_more(task, offer) and (better := instead(offer.cloud)):
+        chosen = is_named or is_free(offer)
+        if rejected and chosen and _is_no_more(task, offer) and (better := instead(offer.cloud)):
             rejected += f"; the cheapest that fits instead is {better}"
         considered.append(replace(found, rejected=rejected))
     return tuple(in_order(considered, wanted, by))
