@@ -8,10 +8,10 @@ from typing import Final
 from kaito_core.serving.asgi import Receive, Scope
 from kaito_core.serving.errors import HttpError
 
-SMALL: Final = 64 << 10
-"""Bytes of a body that are taken in however many come at once: a conversation of ten thousand words."""
+SMALL_BODY_BYTES: Final = 64 << 10
+"""A body of at most this size is taken in however many come at once: a conversation of ten thousand words."""
 
-BODIES: Final = 16
+LARGE_BODIES_AT_ONCE: Final = 16
 """So many bodies of the largest size may be half here at once."""
 
 RETRY_SECONDS: Final = 5
@@ -39,7 +39,7 @@ class Intake:
                     self.held += len(piece)
                     if len(body) > self._most:
                         raise self._too_large()
-                    if len(body) > SMALL and self.held > BODIES * self._most:
+                    if len(body) > SMALL_BODY_BYTES and self.held > LARGE_BODIES_AT_ONCE * self._most:
                         raise HttpError(429, "too many large requests are being sent at once: try again in a few seconds",
                                         code="rate_limit_exceeded", headers={"retry-after": str(RETRY_SECONDS)})  # fmt: skip
                     if not message.get("more_body", False):

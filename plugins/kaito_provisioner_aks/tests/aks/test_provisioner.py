@@ -128,7 +128,7 @@ def test_a_left_node_that_works_or_is_not_ours_is_not_touched(world: World) -> N
     assert name in world.nodes.objects
     node = world.nodes.objects[name]
     node["status"]["conditions"][0]["status"] = "Unknown"
-    node["metadata"]["labels"]["kaito.sh/managed-by"] = "somebody-else"
+    node["metadata"]["labels"]["kaito.sh/managed-by"] = "another-team"
     assert not list(world.aks.held())
     assert world.aks.release(ID).phase == "absent"
     assert name in world.nodes.objects

@@ -1,7 +1,7 @@
 """``python -m kaito_runtime_transformers``: serves the endpoint of ``$KAITO_JOB`` until SIGTERM.
 
 The port is taken first and answers health checks while the model is loaded. SIGTERM lets streams in progress come to their end, for
-`GRACE` seconds at most. When the engine dies the process ends too, with the reason: who has started it starts it again. Exit codes:
+`GRACE` seconds at most. When the engine dies the process ends too, with the reason; in a cluster the kubelet starts it again. Exit codes:
 0 ended as asked, 1 failed, 2 the input is wrong."""
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ GRACE: Final = 25
 """Seconds: Kubernetes kills a container 30 seconds after SIGTERM unless told otherwise."""
 
 
-LOOK: Final = 0.5
-"""Seconds between two looks whether the engine is alive. One more is given to what it died of to be said."""
+ALIVE_CHECK_SECONDS: Final = 0.5
+"""Between two looks whether the engine is alive; once more as long is waited for the reason of its death."""
 
-DYING: Final = 10
-"""Seconds in which requests that the dead engine has left are answered; each hears of it within five."""
+DEAD_ENGINE_DRAIN_SECONDS: Final = 10
+"""In which the requests that a dead engine has left get their error; each gets it within 5 s."""
 
 
 def main() -> int:
@@ -158,7 +158,7 @@ async def _serve(job: ServingJob, app: App, face: Face, s: socket.socket) -> int
             await asyncio.wait([serving, dead], return_when=asyncio.FIRST_COMPLETED)
             if dead.done():
                 error = Failure(f"the engine has ended: {dead.result()}", "start the endpoint again; its log has more")
-                config.timeout_graceful_shutdown = DYING
+                config.timeout_graceful_shutdown = DEAD_ENGINE_DRAIN_SECONDS
                 end()
             dead.cancel()
     await serving
@@ -172,8 +172,8 @@ async def _serve(job: ServingJob, app: App, face: Face, s: socket.socket) -> int
 async def _until_dead(engine: Engine) -> str:
     """Returns when the engine cannot answer any more: why."""
     while engine.alive:
-        await asyncio.sleep(LOOK)
-    await asyncio.sleep(LOOK)
+        await asyncio.sleep(ALIVE_CHECK_SECONDS)
+    await asyncio.sleep(ALIVE_CHECK_SECONDS)
     return engine.fault
 
 
